@@ -1,0 +1,1 @@
+from .spd_solve import spd_solve as spd_solve

@@ -1,0 +1,31 @@
+import importlib.metadata
+
+from . import nn as nn
+from ._adjoint import (
+    AbstractAdjoint as AbstractAdjoint,
+    ImplicitAdjoint as ImplicitAdjoint,
+    RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+)
+from ._batching import (
+    AbstractBatching as AbstractBatching,
+    Lockstep as Lockstep,
+    Staged as Staged,
+    Vmapped as Vmapped,
+)
+from ._fixed_point import fixed_point as fixed_point
+from ._linear import (
+    FixedPointLinearSolver as FixedPointLinearSolver,
+    Neumann as Neumann,
+)
+from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_norm
+from ._solution import RESULTS as RESULTS, Solution as Solution
+from ._solver import (
+    AbstractFixedPointSolver as AbstractFixedPointSolver,
+    Anderson as Anderson,
+    BestSoFar as BestSoFar,
+    FixedPointIteration as FixedPointIteration,
+    Traced as Traced,
+)
+
+
+__version__ = importlib.metadata.version("equilax")

@@ -1,0 +1,49 @@
+import abc
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+from jaxtyping import PyTree
+
+from .._batching import AbstractBatching
+from .._solver import AbstractFixedPointSolver, Progress
+
+
+class Problem(eqx.Module):
+    """All that one solve depends on.
+
+    **Attributes:**
+
+    - `fn`: Maps `(y, args)` to a tree like `y`. A pytree that captures nothing.
+    - `solver`, `y0`, `args`: As for [`equilax.fixed_point`][].
+    - `batching`: How a vmapped solve runs; the adjoint's takes the same road.
+    - `tags`: Lineax tags of the Jacobian of `y - fn(y, args)` with respect to `y`.
+    - `max_steps`: The most steps to take.
+    - `throw`: Whether a failed adjoint solve raises.
+    """
+
+    fn: Callable[..., Any]
+    solver: AbstractFixedPointSolver
+    y0: PyTree[Any]
+    args: PyTree[Any]
+    batching: AbstractBatching
+    tags: frozenset[object] = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+
+
+class AbstractAdjoint(eqx.Module):
+    """Abstract base class for all adjoints: how to differentiate through a solve."""
+
+    @abc.abstractmethod
+    def apply(
+        self, solve: Callable[[Problem, Callable], Progress], problem: Problem
+    ) -> Progress:
+        """Solve `problem`, with derivatives attached to the `y` that it ends with.
+
+        **Arguments:**
+
+        - `solve`: Called as `solve(problem, run)`, where `run` runs a
+            [`equilax._batching.Loop`][] on its inputs.
+        - `problem`: What to solve.
+        """

@@ -1,0 +1,142 @@
+"""Solve the linear system of a derivative: the one place that knows by which road."""
+
+import functools as ft
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .._linear import AbstractMatrixFreeSolver
+from .._misc import any_varying, rounding, struct
+from .._norm import max_norm
+from .._solution import RESULTS
+from .base import Problem
+
+
+# An adjoint that stopped at the level of rounding is as good as its dtype allows.
+_ROUNDING_UNITS = 64
+
+
+def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
+    """Functions from a tree like `tree` to one real vector and back.
+
+    One vector, since the transpose of `lax.custom_linear_solve` fails on a tree of which
+    some leaf does not depend on the tangent. Real, since the Jacobian of a function of
+    complex numbers is linear over the reals only.
+    """
+    leaves, treedef = jtu.tree_flatten(tree)
+    is_complex = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves]
+    reals = [jnp.finfo(x.dtype).dtype for x in leaves]
+    dtype = ft.reduce(jnp.promote_types, reals)
+
+    def ravel(tree):
+        parts = []
+        for x, c in zip(jtu.tree_leaves(tree), is_complex, strict=True):
+            parts += [jnp.real(x), jnp.imag(x)] if c else [x]
+        return jnp.concatenate([x.reshape(-1).astype(dtype) for x in parts])
+
+    def unravel(vector):
+        parts, start = [], 0
+        for leaf, c, real in zip(leaves, is_complex, reals, strict=True):
+            pieces = []
+            for _ in range(1 + c):
+                piece = lax.slice_in_dim(vector, start, start + leaf.size)
+                pieces.append(piece.reshape(leaf.shape).astype(real))
+                start += leaf.size
+            parts.append(lax.complex(*pieces) if c else pieces[0])
+        return jtu.tree_unflatten(treedef, parts)
+
+    return ravel, unravel
+
+
+def _tolerance(problem: Problem, y: PyTree[Array]) -> Array:
+    """The relative tolerance that the forward solve had at `y`."""
+    solver, size = problem.solver, max_norm(y)
+    absolute = jnp.asarray(solver.atol, size.dtype)
+    relative = jnp.asarray(solver.rtol, size.dtype)
+    relative = relative + absolute / jnp.where(size == 0, 1, size)
+    smallest = 4 * rounding(y)
+    return lax.stop_gradient(jnp.maximum(jnp.minimum(relative, 1e-3), smallest))
+
+
+def _checked(
+    value: PyTree[Array], result: RESULTS, is_usable: Array, throw: bool
+) -> PyTree[Array]:
+    """A solution that failed raises, or becomes not-a-number: never silently wrong."""
+    if throw:
+        return result.error_if(value, ~is_usable)
+    return jtu.tree_map(lambda x: jnp.where(is_usable, x, jnp.nan), value)
+
+
+def _solve_matrix_free(
+    linear_solver: AbstractMatrixFreeSolver,
+    product: Callable,
+    rhs: PyTree[Array],
+    problem: Problem,
+    tolerance: Array,
+) -> PyTree[Array]:
+    ravel, unravel = _raveller(rhs)
+
+    def mv(t):
+        return t - ravel(product(unravel(t)))
+
+    def solve(mv, vector: Float[Array, " n"]):
+        sol = linear_solver.solve(
+            mv, vector, tolerance=tolerance, batching=problem.batching
+        )
+        floor = _ROUNDING_UNITS * rounding(vector) * max_norm(sol.value)
+        at_floor = (sol.result == RESULTS.stagnation) & (
+            sol.stats["residual"] <= floor.astype(sol.stats["residual"].dtype)
+        )
+        is_usable = (sol.result == RESULTS.successful) | at_floor
+        return _checked(sol.value, sol.result, is_usable, problem.throw)
+
+    out = lax.custom_linear_solve(mv, ravel(rhs), solve, transpose_solve=solve)
+    return unravel(out)
+
+
+def _solve_lineax(
+    linear_solver: lx.AbstractLinearSolver,
+    product: Callable,
+    rhs: PyTree[Array],
+    problem: Problem,
+) -> PyTree[Array]:
+    name = type(linear_solver).__name__
+    ours = "take `equilax.FixedPointLinearSolver` for the adjoint instead."
+    if any_varying(rhs, problem):
+        raise ValueError(
+            f"`linear_solver={name}` runs through `lineax.linear_solve`, which does not "
+            f"work inside `jax.shard_map` (Lineax 0.1.1): {ours}"
+        )
+    half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
+    if half:
+        raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {ours}")
+
+    def mv(t):
+        return jtu.tree_map(jnp.subtract, t, product(t))
+
+    operator = lx.FunctionLinearOperator(mv, struct(rhs), problem.tags)
+    sol = lx.linear_solve(operator, rhs, linear_solver, throw=False)
+    is_usable = sol.result == lx.RESULTS.successful
+    return _checked(sol.value, RESULTS.promote(sol.result), is_usable, problem.throw)
+
+
+def solve_linear_system(
+    linear_solver: lx.AbstractLinearSolver,
+    rhs: PyTree[Array],
+    y: PyTree[Array],
+    problem: Problem,
+) -> PyTree[Array]:
+    """Solve `(I - J) t = rhs`, with `J` the Jacobian of `fn` in `y`.
+
+    Linear in `rhs`, and transposed by JAX for reverse mode. `fn` is linearised once.
+    """
+    _, product = jax.linearize(lambda y: problem.fn(y, problem.args), y)
+    if isinstance(linear_solver, AbstractMatrixFreeSolver):
+        tolerance = _tolerance(problem, lax.stop_gradient(y))
+        return _solve_matrix_free(linear_solver, product, rhs, problem, tolerance)
+    return _solve_lineax(linear_solver, product, rhs, problem)

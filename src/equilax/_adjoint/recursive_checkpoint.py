@@ -1,0 +1,62 @@
+import equinox as eqx
+import equinox.internal as eqxi
+import jax.numpy as jnp
+
+from .._misc import any_varying
+from .base import AbstractAdjoint
+
+
+class RecursiveCheckpointAdjoint(AbstractAdjoint):
+    r"""Backpropagate through the iterations, with recursive checkpointing.
+
+    The derivative is that of the steps that were taken, the dependence on `y0` and the
+    error of a solve cut short included: `n` steps of $y \leftarrow a y + b$ have the
+    derivative $a^n$ in `y0`. Checkpoints as in Stumm and Walther (2010) keep the memory
+    at $O(\log n)$ times `y` for $O(n \log n)$ evaluations.
+
+    Use it to train through a few steps on purpose, or to check an implicit gradient.
+    [`equilax.ImplicitAdjoint`][] costs less and is exact at a solution. Reverse mode of
+    first order only; does not work inside `jax.shard_map`.
+    """
+
+    checkpoints: int | None = eqx.field(static=True, default=None)
+
+    def __check_init__(self):
+        num = self.checkpoints
+        if num is not None and (not isinstance(num, int) or num < 1):
+            raise ValueError(
+                f"`checkpoints` must be an integer of at least 1 or None; got {num!r}."
+            )
+
+    def apply(self, solve, problem):
+        if any_varying(problem):
+            raise ValueError(
+                "`adjoint=RecursiveCheckpointAdjoint()` does not work inside "
+                "`jax.shard_map`; take `equilax.ImplicitAdjoint` instead."
+            )
+
+        def run(loop, inputs):
+            def cond(carry):
+                return loop.is_live(carry[1])
+
+            def body(carry):
+                num_steps, now = carry
+                return num_steps + 1, loop.body(num_steps, now, inputs)
+
+            _, end = eqxi.while_loop(
+                cond,
+                body,
+                (jnp.zeros((), jnp.int32), loop.init(inputs)),
+                max_steps=problem.max_steps + 1,
+                kind="checkpointed",
+                checkpoints=self.checkpoints,
+            )
+            return end
+
+        return solve(problem, run)
+
+
+RecursiveCheckpointAdjoint.__init__.__doc__ = """**Arguments:**
+
+- `checkpoints`: The number of iterates to keep. `None` chooses it from `max_steps`.
+"""

@@ -1,0 +1,5 @@
+from .base import AbstractBatching as AbstractBatching
+from .lockstep import Lockstep as Lockstep
+from .loop import Loop as Loop, while_loop as while_loop
+from .staged import Staged as Staged
+from .vmapped import Vmapped as Vmapped

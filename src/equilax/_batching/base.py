@@ -1,0 +1,23 @@
+import abc
+
+import equinox as eqx
+
+from .loop import Carry, Inputs, Loop
+
+
+class AbstractBatching(eqx.Module):
+    """Abstract base class for batching strategies: how a solve runs under `jax.vmap`."""
+
+    @abc.abstractmethod
+    def solve(self, loop: Loop, inputs: Inputs) -> Carry:
+        """Run `loop` on `inputs`, such that `jax.vmap` of this call runs the batch.
+
+        **Arguments:**
+
+        - `loop`: The loop for one problem, in pure functions.
+        - `inputs`: A pytree of arrays, all that `loop` depends on.
+
+        **Returns:**
+
+        The carry in which each problem was left.
+        """

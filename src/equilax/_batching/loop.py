@@ -1,0 +1,89 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from .._custom_types import BoolScalar, IntScalar
+from .._misc import any_varying, varying, vary_over
+
+
+Carry = PyTree[Array]
+Inputs = PyTree[Array]
+
+
+class Loop(eqx.Module):
+    """A loop over one problem, in pure functions of its arrays.
+
+    `init` maps the inputs to the carry, `body` maps `(num_steps, carry, inputs)` to the
+    next carry, `is_live` says of a carry whether it wants another pass. A pass over a
+    carry that is not live must return it unchanged: in a batch that is how a finished
+    sample stays as it is. `num_steps` counts the passes, and is the same number for all
+    the samples of a batch that are live.
+    """
+
+    init: Callable[[Inputs], Carry] = eqx.field(static=True)
+    body: Callable[[IntScalar, Carry, Inputs], Carry] = eqx.field(static=True)
+    is_live: Callable[[Carry], Any] = eqx.field(static=True)
+
+    def run(self, inputs: Inputs) -> Carry:
+        """The loop for one problem."""
+
+        def cond(carry):
+            return self.is_live(carry[1])
+
+        def body(carry):
+            num_steps, carry = carry
+            return num_steps + 1, self.body(num_steps, carry, inputs)
+
+        init = (jnp.zeros((), jnp.int32), self.init(inputs))
+        return while_loop(cond, body, init, may_vary=any_varying(inputs))[1]
+
+
+def _axes_of(fn: Callable, carry: Carry) -> list[frozenset[str]]:
+    """The mesh axes over which each leaf of `fn(carry)` varies."""
+    found = []
+
+    def probe(carry):
+        out = fn(carry)
+        found.append([varying(x) for x in jtu.tree_leaves(out)])
+        return out
+
+    jax.eval_shape(probe, carry)
+    return found[-1]
+
+
+def while_loop(
+    cond: Callable[[Carry], BoolScalar],
+    body: Callable[[Carry], Carry],
+    init: Carry,
+    *,
+    may_vary: frozenset[str],
+) -> Carry:
+    """`lax.while_loop`, with the carry declared to vary over the mesh axes that it does.
+
+    With `check_vma=True` the types of the carry must agree before and after `body`. JAX
+    (to 0.12) lets one mistake through: with a predicate that varies over an axis, a carry
+    that does not (a step counter, say) keeps the type "replicated" although the devices
+    stop at different steps. So each leaf takes on the axes of the predicate as well.
+    """
+    if not may_vary:
+        return lax.while_loop(cond, body, init)
+    leaves, treedef = jtu.tree_flatten(init)
+    axes = [varying(x) for x in leaves]
+
+    def cast(tree, axes):
+        leaves = [vary_over(x, a) for x, a in zip(jtu.tree_leaves(tree), axes)]
+        return jtu.tree_unflatten(treedef, leaves)
+
+    while True:
+        carry = cast(init, axes)
+        (pred,) = _axes_of(cond, carry)
+        new_axes = [a | b | pred for a, b in zip(axes, _axes_of(body, carry))]
+        if new_axes == axes:
+            return lax.while_loop(cond, lambda c: cast(body(c), axes), carry)
+        axes = new_axes

@@ -1,0 +1,50 @@
+import equinox as eqx
+
+from .base import AbstractBatching
+from .batch import solve_batch
+from .loop import Carry, Inputs, Loop
+
+
+class Staged(AbstractBatching):
+    """A chain of loops over ever smaller batches: a slow sample holds up no quick one.
+
+    Each loop runs until the samples that are still live fit into the next size; these
+    are gathered to the front and go on alone. The sizes are the batch size divided by
+    `factor` again and again, down to `min_size`. All shapes are static, and nothing
+    leaves the device. Only inputs that are batched are gathered: parameters shared by
+    the samples stay where they are.
+
+    Costs the compilation of `fn` once a stage, so `Lockstep` is the better choice where
+    all samples are known to take alike many steps and compile time matters.
+    """
+
+    factor: int = eqx.field(static=True, default=4)
+    min_size: int = eqx.field(static=True, default=8)
+
+    def __check_init__(self):
+        if not isinstance(self.factor, int) or self.factor < 2:
+            raise ValueError(
+                f"`factor` must be an integer of at least 2; got {self.factor!r}."
+            )
+        if not isinstance(self.min_size, int) or self.min_size < 1:
+            raise ValueError(
+                f"`min_size` must be an integer of at least 1; got {self.min_size!r}."
+            )
+
+    def sizes(self, size: int) -> tuple[int, ...]:
+        """The static batch sizes of the chain for a batch of `size` samples."""
+        sizes = [size]
+        while sizes[-1] > self.min_size:
+            sizes.append(max(-(-sizes[-1] // self.factor), self.min_size))
+        return tuple(sizes)
+
+    def solve(self, loop: Loop, inputs: Inputs) -> Carry:
+        return solve_batch(loop, inputs, self.sizes)
+
+
+Staged.__init__.__doc__ = """**Arguments:**
+
+- `factor`: By how much a stage is smaller than the one before it. An integer, 2 or
+    more; larger ones compile faster, smaller ones waste fewer evaluations.
+- `min_size`: The smallest batch to gather into, in samples.
+"""

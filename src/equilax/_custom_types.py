@@ -1,0 +1,19 @@
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
+
+
+Args: TypeAlias = PyTree[Any]
+Aux = TypeVar("Aux")
+SolverState = TypeVar("SolverState")
+Y = TypeVar("Y")
+
+Fn: TypeAlias = Callable[[Y, Args], tuple[Y, Aux]]
+NoAuxFn: TypeAlias = Callable[[Y, Args], Y]
+MaybeAuxFn: TypeAlias = Fn[Y, Aux] | NoAuxFn[Y]
+
+BoolScalar: TypeAlias = Bool[Array, ""]
+IntScalar: TypeAlias = Int[Array, ""]
+RealScalarLike: TypeAlias = float | int | Float[Array, ""]
+Norm: TypeAlias = Callable[[PyTree[Array]], Scalar]

@@ -1,0 +1,3 @@
+from .base import AbstractMatrixFreeSolver as AbstractMatrixFreeSolver
+from .fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
+from .neumann import Neumann as Neumann

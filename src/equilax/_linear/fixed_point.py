@@ -1,0 +1,89 @@
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._misc import hoist
+from .._norm import max_norm
+from .._solution import RESULTS, Solution
+from .._solver import AbstractFixedPointSolver, Anderson, iterate
+from .base import AbstractMatrixFreeSolver
+
+
+def _richardson(u, args):
+    mv, vector = args
+    return jtu.tree_map(lambda a, b, c: b + (a - c), u, vector, mv(u))
+
+
+class FixedPointLinearSolver(AbstractMatrixFreeSolver):
+    r"""Solve a linear system $A u = v$ as the fixed point $u = v + (I - A) u$.
+
+    For the adjoint of a fixed point $A = I - J^T$, and this is $u = J^T u + v$: the
+    backward pass is a fixed point like the forward one, with the same contraction
+    factor (Bai, Kolter and Koltun 2019, equation 8). Any solver of this library will
+    do, and the solve is batched and staged as the forward one is.
+
+    The right-hand side is divided by its largest element before the solve and the
+    solution multiplied by it after, so tolerances are relative to `v`: a cotangent
+    scaled by 1e-20 gives a solution scaled by 1e-20, and zero gives zero in no steps.
+
+    Use it where $J$ contracts, or nearly so with [`equilax.Anderson`][]. Where it
+    doesn't, a direct Lineax solver such as [`lineax.LU`][] serves small systems.
+
+    Cost: a product with $A$ a step, and one more that tests the last. Memory: the
+    solver's.
+    """
+
+    solver: AbstractFixedPointSolver | None = None
+    max_steps: int = eqx.field(static=True, default=512)
+
+    def __check_init__(self):
+        if not isinstance(self.max_steps, int) or self.max_steps < 1:
+            raise ValueError(
+                f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}."
+            )
+
+    def solve(self, mv, vector, *, tolerance, batching):
+        largest = max_norm(vector)
+        is_unit = (largest == 0) | ~jnp.isfinite(largest)
+        unit = jnp.where(is_unit, 1, largest)
+
+        def divide(x):
+            return (x / unit.astype(jnp.finfo(x.dtype).dtype)).astype(x.dtype)
+
+        def multiply(x):
+            return (x * unit.astype(jnp.finfo(x.dtype).dtype)).astype(x.dtype)
+
+        vector = jtu.tree_map(divide, vector)
+        solver = self.solver
+        if solver is None:
+            solver = Anderson(rtol=0.0, atol=tolerance)
+        end = iterate(
+            _richardson,
+            solver,
+            vector,  # One step from zero.
+            (hoist(mv, vector), vector),
+            max_steps=self.max_steps,
+            run=batching.solve,
+        )
+        is_good = end.result == RESULTS.successful
+        value, residual, stats = solver.postprocess(
+            end.y, end.residual, is_good, end.state
+        )
+        stats = {
+            "num_steps": end.num_steps,
+            "num_fn_evals": end.num_fn_evals,
+            "max_steps": self.max_steps,
+            "residual": residual * unit.astype(residual.dtype),
+            **stats,
+        }
+        value = jtu.tree_map(multiply, value)
+        return Solution(value, end.result, None, stats, end.state)
+
+
+FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**
+
+- `solver`: The fixed-point solver. Its tolerances count relative to the right-hand
+    side. `None` is [`equilax.Anderson`][], for an adjoint with the relative tolerance
+    that its forward solve had.
+- `max_steps`: The most steps to take.
+"""

@@ -1,0 +1,98 @@
+import functools as ft
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.extend as jex
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from ._custom_types import BoolScalar
+
+
+def residual_dtype(y: PyTree[Any]) -> Any:
+    """The dtype for norms and inner products of `y`: real, and at least float32."""
+    dtypes = [jnp.finfo(x.dtype).dtype for x in jtu.tree_leaves(y)]
+    return ft.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
+
+
+def rounding(y: PyTree[Any]) -> float:
+    """The relative spacing of numbers in the coarsest dtype among the leaves of `y`."""
+    return max(float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y))
+
+
+def tree_where(pred: BoolScalar, true: PyTree[Array], false: PyTree[Array]):
+    """Select whole trees: never by arithmetic, in which zero times NaN is NaN."""
+    return jtu.tree_map(ft.partial(jnp.where, pred), true, false)
+
+
+def tree_allfinite(tree: PyTree[Array]) -> BoolScalar:
+    """Whether every element of every leaf is finite. An empty tree is finite."""
+    finite = jtu.tree_map(lambda x: jnp.all(jnp.isfinite(x)), tree)
+    return jtu.tree_reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def struct(tree: PyTree[Any]) -> PyTree[Any]:
+    """Shapes and dtypes alone: what two trees are compared by.
+
+    Never by sharding or by the mesh axes over which a leaf varies: inside `shard_map`
+    these differ between a start that is zero everywhere and the iterates after it.
+    """
+    return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def varying(x: Array) -> frozenset[str]:
+    """The manual mesh axes over which `x` differs between devices."""
+    return frozenset(jax.typeof(x).mat.varying)
+
+
+def vary_over(x: Array, axes: frozenset[str]) -> Array:
+    """Declare `x` to vary over `axes`, those over which it varies already included."""
+    # Casting an axis a second time is an error, hence the difference.
+    missing = tuple(sorted(axes - varying(x)))
+    return lax.pcast(x, missing, to="varying") if missing else x
+
+
+def any_varying(*trees: PyTree[Any]) -> frozenset[str]:
+    """The union of the axes over which any leaf varies. Empty outside `shard_map`."""
+    leaves = jtu.tree_leaves(eqx.filter(trees, eqx.is_array))
+    return frozenset().union(*(varying(x) for x in leaves))
+
+
+class Hoisted(eqx.Module):
+    """A function with everything that it had captured turned into leaves of its own.
+
+    `jax.vmap`, differentiation and loops then see what was a closure. Traces `fn` once,
+    when it is built; calls evaluate the trace. As `equinox.filter_closure_convert`, but
+    compares nothing when called: that one compares shardings too, which differ between
+    a start and its iterates inside `shard_map`.
+    """
+
+    consts: list[Array]
+    jaxpr: Any = eqx.field(static=True)
+    out_struct: PyTree[jax.ShapeDtypeStruct] = eqx.field(static=True)
+    out_static: Any = eqx.field(static=True)
+
+    def __call__(self, *args):
+        call = jex.core.jaxpr_as_fun(jex.core.ClosedJaxpr(self.jaxpr, self.consts))
+        flat = call(*jtu.tree_leaves(eqx.filter(args, eqx.is_array)))
+        out = jtu.tree_unflatten(jtu.tree_structure(self.out_struct), flat)
+        return eqx.combine(out, self.out_static)
+
+
+def hoist(fn: Callable, *args: PyTree[Any]) -> Hoisted:
+    """Trace `fn(*args)` once and return it as a [`Hoisted`][] function."""
+    dynamic, static = eqx.partition(args, eqx.is_array)
+    found = []
+
+    def of_arrays(dynamic):
+        out = fn(*eqx.combine(dynamic, static))
+        out, out_static = eqx.partition(out, eqx.is_array)
+        found.append(out_static)
+        return out
+
+    closed, out_struct = jax.make_jaxpr(of_arrays, return_shape=True)(dynamic)
+    return Hoisted(closed.consts, closed.jaxpr, struct(out_struct), found[-1])

@@ -1,0 +1,90 @@
+import functools as ft
+import math
+
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, Inexact, PyTree, Scalar
+
+
+def _magnitude(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+    """Absolute values, in the real dtype of `x` and at least float32."""
+    x = jnp.abs(x)
+    if jnp.finfo(x.dtype).bits < 32:
+        x = x.astype(jnp.float32)
+    return x
+
+
+@jax.custom_jvp
+def _flat_at_zero(x: Scalar) -> Scalar:
+    return x
+
+
+# A norm has no derivative at zero. Zero is the one that leaves a loss which adds a
+# residual to something else unharmed; see jax-ml/jax issue 3058.
+@_flat_at_zero.defjvp
+def _flat_at_zero_jvp(primals, tangents):
+    (x,), (t_x,) = primals, tangents
+    return x, jnp.where(x == 0, 0, t_x)
+
+
+def _reduce(tree: PyTree[Array], leaf_norm, join) -> Scalar:
+    leaves = [_magnitude(x) for x in jtu.tree_leaves(tree)]
+    dtype = ft.reduce(jnp.promote_types, [x.dtype for x in leaves], jnp.float32)
+    parts = [leaf_norm(x).astype(dtype) for x in leaves if x.size > 0]
+    return ft.reduce(join, parts) if parts else jnp.zeros((), dtype)
+
+
+def max_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+    r"""The largest magnitude in `x`: $\max_i |x_i|$, over all leaves.
+
+    **Arguments:**
+
+    - `x`: A pytree of real or complex arrays.
+
+    **Returns:**
+
+    A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
+    a number if any element is. Cost: one pass over `x`.
+    """
+    return _flat_at_zero(_reduce(x, jnp.max, jnp.maximum))
+
+
+def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+    r"""The Euclidean norm $\sqrt{\sum_i |x_i|^2}$, over all leaves.
+
+    The elements are divided by the largest before they are squared, so that neither
+    1e-30 nor 1e+30 leaves the range of float32.
+
+    **Arguments:**
+
+    - `x`: A pytree of real or complex arrays.
+
+    **Returns:**
+
+    A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
+    a number if any element is. Cost: two passes over `x`.
+    """
+    # Frozen, or the derivative would run through the largest element twice.
+    largest = jax.lax.stop_gradient(max_norm(x))
+    is_plain = (largest == 0) | jnp.isinf(largest)
+    scale = jnp.where(is_plain, 1, largest)
+    squares = _reduce(x, lambda a: jnp.sum((a / scale.astype(a.dtype)) ** 2), jnp.add)
+    positive = jnp.where(squares == 0, 1, squares)
+    return jnp.where(squares == 0, 0, scale * jnp.sqrt(positive))
+
+
+def rms_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+    r"""The root of the mean square, $\|x\|_2 / \sqrt{n}$ for `n` elements in all.
+
+    **Arguments:**
+
+    - `x`: A pytree of real or complex arrays.
+
+    **Returns:**
+
+    A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
+    a number if any element is. Cost: two passes over `x`.
+    """
+    size = sum(leaf.size for leaf in jtu.tree_leaves(x))
+    return two_norm(x) / math.sqrt(max(size, 1))

@@ -1,0 +1,9 @@
+from .anderson import Anderson as Anderson
+from .base import (
+    AbstractFixedPointSolver as AbstractFixedPointSolver,
+    Evaluation as Evaluation,
+)
+from .best_so_far import BestSoFar as BestSoFar
+from .fixed_point_iteration import FixedPointIteration as FixedPointIteration
+from .iterate import iterate as iterate, make_loop as make_loop, Progress as Progress
+from .traced import Traced as Traced

@@ -1,0 +1,201 @@
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from equilax_kernels import spd_solve
+from jax import lax
+from jaxtyping import Array, Float, PyTree, Scalar
+
+from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._misc import residual_dtype, tree_where
+from .._norm import max_norm
+from .base import AbstractFixedPointSolver, check_fraction, check_tolerances
+from .fixed_point_iteration import damped
+
+
+class _AndersonState(eqx.Module):
+    # Rings of `m` differences between successive steps, each row divided by the residual
+    # of its step: squares then stay in range for a problem of any scale, half precision
+    # included.
+    d_residuals: PyTree[Array]
+    d_images: PyTree[Array]
+    gram: Float[Array, "m m"]
+    last_residual: PyTree[Array]
+    last_image: PyTree[Array]
+    last_norm: Scalar
+
+
+def _products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
+    """The real inner products of each row of a history with `vector`."""
+
+    def product(row, x):
+        row = jnp.conj(row.reshape(row.shape[0], -1))
+        x = x.reshape(-1).astype(row.dtype)
+        accumulate = jnp.promote_types(row.dtype, dtype)
+        out = jnp.einsum(
+            "mn,n->m",
+            row,
+            x,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=accumulate,
+        )
+        return out.real.astype(dtype)
+
+    return sum(jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
+
+
+def _combine(weights: Float[Array, " m"], rows: Array) -> Array:
+    """The sum of `weights[j] * rows[j]`, in at least single precision."""
+    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    flat = rows.reshape(rows.shape[0], -1).astype(dtype)
+    out = jnp.einsum(
+        "m,mn->n", weights.astype(dtype), flat, precision=lax.Precision.HIGHEST
+    )
+    return out.reshape(rows.shape[1:])
+
+
+def _write(ring: Array, slot: IntScalar, row: Array, is_live: BoolScalar) -> Array:
+    # Selecting the row rather than the ring keeps the update in place.
+    old = lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False)
+    row = jnp.where(is_live, row.astype(ring.dtype), old)
+    return lax.dynamic_update_index_in_dim(ring, row, slot, 0)
+
+
+class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
+    r"""Anderson acceleration (type II).
+
+    With $g_k = f(y_k) - y_k$, and $\Delta g_j, \Delta f_j$ the differences of residuals
+    and images between the last $m$ steps,
+
+    $\gamma = \arg\min_\gamma \|g_k - \sum_j \gamma_j \Delta g_j\|_2,$
+    $y_{k+1} = f(y_k) - d\, g_k - \sum_j \gamma_j (\Delta f_j - d\, \Delta g_j)$
+
+    with $d$ the `damp` (Anderson 1965; Walker and Ni 2011, equation 2.2 and
+    algorithm AA). The small system is that of the normal equations with unit diagonal,
+    $(C + \mathrm{ridge}\, I) \hat\gamma = c$, so the ridge is relative to the scale of
+    the residuals, whatever that is. Extrapolation starts with the second step. On a
+    linear map of `n` unknowns, with `history_length` at least `n`, it ends in `n + 1`
+    steps: it then equals GMRES.
+
+    Use it by default. Where a step of `fn` costs no more than passing through its state
+    a dozen times, and `fn` contracts fast, [`equilax.FixedPointIteration`][] takes less
+    time for a few more steps.
+
+    Cost: one evaluation of `fn` a step, and one more that tests the last; besides,
+    `4 * history_length` passes through a `y`. Memory: `2 * history_length + 2` times
+    `y`. The weights are common to all leaves of `y`, and real for complex ones.
+    """
+
+    rtol: RealScalarLike
+    atol: RealScalarLike
+    norm: Norm = max_norm
+    history_length: int = eqx.field(static=True, default=5)
+    damp: RealScalarLike = 0.0
+    ridge: RealScalarLike = 1e-10
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        check_fraction("damp", self.damp)
+        length = self.history_length
+        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
+            raise ValueError(
+                f"`history_length` must be an integer of at least 1; got {length!r}."
+            )
+        if isinstance(self.ridge, (int, float)) and not self.ridge >= 0:
+            raise ValueError(f"`ridge` must not be negative; got {self.ridge}.")
+
+    def init(self, y, *, max_steps):
+        del max_steps
+        m, dtype = self.history_length, residual_dtype(y)
+        ring = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
+        at_least_single = lambda x: jnp.promote_types(x.dtype, jnp.float32)
+        return _AndersonState(
+            d_residuals=ring,
+            d_images=ring,
+            gram=jnp.zeros((m, m), dtype),
+            last_residual=jtu.tree_map(
+                lambda x: jnp.zeros(x.shape, at_least_single(x)), y
+            ),
+            last_image=jtu.tree_map(jnp.zeros_like, y),
+            last_norm=jnp.zeros((), dtype),
+        )
+
+    def step(self, fn, at, args, state):
+        del fn, args
+        residual = jtu.tree_map(
+            lambda last, f, y: f.astype(last.dtype) - y.astype(last.dtype),
+            state.last_residual,
+            at.f,
+            at.y,
+        )
+        state = self._remember(at, residual, state)
+        weights = self._weights(at, residual, state)
+
+        def extrapolate(y, f, g, d_image, d_residual):
+            new = f.astype(g.dtype) - _combine(weights, d_image)
+            if not (isinstance(self.damp, (int, float)) and self.damp == 0):
+                damp = jnp.asarray(self.damp, jnp.finfo(g.dtype).dtype).astype(g.dtype)
+                new = new - damp * (g - _combine(weights, d_residual))
+            return new.astype(y.dtype)
+
+        new_y = jtu.tree_map(
+            extrapolate, at.y, at.f, residual, state.d_images, state.d_residuals
+        )
+        plain = damped(self.damp, at.y, at.f)
+        new_y = tree_where(jnp.all(jnp.isfinite(weights)), new_y, plain)
+        return new_y, state, 0
+
+    def _remember(self, at, residual, state: _AndersonState) -> _AndersonState:
+        # The first step has no predecessor: what it writes is not valid, and the slot
+        # is the last to be written again.
+        slot = (at.num_steps - 1) % self.history_length
+        scale = jnp.maximum(at.residual, state.last_norm)
+        is_normal = (scale >= jnp.finfo(scale.dtype).tiny) & jnp.isfinite(scale)
+        inverse = jnp.where(is_normal, 1 / jnp.where(is_normal, scale, 1), 1)
+
+        def change(new, old, ring):
+            dtype = jnp.promote_types(new.dtype, jnp.float32)
+            difference = new.astype(dtype) - old.astype(dtype)
+            return (difference * inverse.astype(dtype)).astype(ring.dtype)
+
+        d_residual = jtu.tree_map(
+            change, residual, state.last_residual, state.d_residuals
+        )
+        d_image = jtu.tree_map(change, at.f, state.last_image, state.d_images)
+        write = lambda ring, row: _write(ring, slot, row, at.is_live)
+        d_residuals = jtu.tree_map(write, state.d_residuals, d_residual)
+        d_images = jtu.tree_map(write, state.d_images, d_image)
+        row = _products(d_residuals, d_residual, state.gram.dtype)
+        gram = state.gram.at[slot].set(row).at[:, slot].set(row)
+        rest = (gram, residual, at.f, at.residual)
+        old = (state.gram, state.last_residual, state.last_image, state.last_norm)
+        return _AndersonState(d_residuals, d_images, *tree_where(at.is_live, rest, old))
+
+    def _weights(self, at, residual, state: _AndersonState) -> Float[Array, " m"]:
+        gram, m = state.gram, self.history_length
+        products = _products(state.d_residuals, residual, gram.dtype)
+        lengths = jnp.diagonal(gram)
+        is_used = (jnp.arange(m) < at.num_steps) & (lengths > 0)
+        scale = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, lengths, 1)), 0)
+        cosines = gram * scale[:, None] * scale[None, :]
+        unit = jnp.eye(m, dtype=gram.dtype)
+        diagonal = jnp.where(is_used, jnp.asarray(self.ridge, gram.dtype), 1)
+        cosines = jnp.where(is_used & is_used[:, None], cosines, 0) + unit * diagonal
+        floor = jnp.array(10 * jnp.finfo(gram.dtype).eps, gram.dtype)
+        return scale * spd_solve(cosines, scale * products, floor)
+
+    def postprocess(self, y, residual, is_successful, state):
+        del is_successful, state
+        return y, residual, {}
+
+
+Anderson.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: Relative tolerance, dimensionless. May be a traced scalar.
+- `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
+- `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
+- `history_length`: The number of differences `m` that are kept, at least 1.
+- `damp`: The damping, in [0, 1). Zero moves fully to the images.
+- `ridge`: The regularisation, relative to the scale of the residuals; dimensionless.
+"""

@@ -1,0 +1,206 @@
+"""The loop that every solver runs in, and the only place that judges an iterate."""
+
+from collections.abc import Callable
+from typing import Any, Generic
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import PyTree, Scalar
+
+from .._batching import Loop
+from .._custom_types import Args, BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._misc import residual_dtype, rounding, tree_allfinite, tree_where
+from .._solution import RESULTS
+from .base import AbstractFixedPointSolver, Evaluation
+
+
+# The figures of the docstring of `RESULTS`.
+_DIVERGED = 1e8
+_PATIENCE_AT_ROUNDING = 30
+_PATIENCE = 1000
+# A residual is a difference of two numbers of the size of `y`, one of them the result of
+# many operations: at this many units in the last place it holds no information.
+_ROUNDING_UNITS = 8
+
+
+class Progress(eqx.Module, Generic[Y]):
+    """How far a solve has come: the carry of its loop."""
+
+    y: Y
+    state: PyTree[Any]
+    result: RESULTS
+    is_live: BoolScalar
+    num_steps: IntScalar
+    num_fn_evals: IntScalar
+    residual: Scalar
+    first_residual: Scalar
+    best_residual: Scalar
+    best_step: IntScalar
+
+
+def _difference(y: Y, f: Y) -> Y:
+    """`f - y`, in at least single precision."""
+
+    def subtract(a, b):
+        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        return b.astype(dtype) - a.astype(dtype)
+
+    return jtu.tree_map(subtract, y, f)
+
+
+def scaled_norm(
+    y: Y, f: Y, *, rtol: RealScalarLike, atol: RealScalarLike, norm: Norm
+) -> tuple[Scalar, Scalar]:
+    """The norm of `f - y`, plain and in units of the tolerance at `y`.
+
+    Elementwise the unit is `atol + rtol * |y|`. Where an element doesn't move at all the
+    scaled difference is zero, whatever the unit: zero is converged even at `atol=0`.
+    """
+    difference = _difference(y, f)
+
+    def scale(d, a):
+        real = jnp.finfo(d.dtype).dtype
+        unit = jnp.asarray(atol, real) + jnp.asarray(rtol, real) * jnp.abs(a).astype(
+            real
+        )
+        return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
+
+    dtype = residual_dtype(y)
+    scaled = norm(jtu.tree_map(scale, difference, y))
+    return norm(difference).astype(dtype), scaled.astype(dtype)
+
+
+def _is_budget(solver: AbstractFixedPointSolver) -> BoolScalar:
+    """Both tolerances zero: the steps are a number to be taken, not a limit."""
+    return (jnp.asarray(solver.rtol) == 0) & (jnp.asarray(solver.atol) == 0)
+
+
+def _judge(
+    solver: AbstractFixedPointSolver,
+    at_y: Y,
+    scaled: Scalar,
+    now: Progress[Y],
+    is_finite: BoolScalar,
+    max_steps: int,
+) -> tuple[BoolScalar, RESULTS]:
+    """Whether to stop here, and with which result."""
+    num_steps, residual = now.num_steps, now.residual
+    units = _ROUNDING_UNITS * rounding(at_y)
+    floor = units * solver.norm(at_y).astype(residual.dtype)
+    patience = jnp.where(residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
+    is_budget = _is_budget(solver)
+    converged = scaled < 1
+    diverged = residual > _DIVERGED * now.first_residual
+    stagnated = num_steps - now.best_step >= patience
+    ran_out = num_steps >= max_steps
+
+    # Later lines win.
+    result = RESULTS.where(is_budget, RESULTS.successful, RESULTS.max_steps_reached)
+    result = RESULTS.where(stagnated & ~is_budget, RESULTS.stagnation, result)
+    result = RESULTS.where(diverged & ~is_budget, RESULTS.divergence, result)
+    result = RESULTS.where(converged, RESULTS.successful, result)
+    result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
+    gave_up = (diverged | stagnated) & ~is_budget
+    return converged | ~is_finite | gave_up | ran_out, result
+
+
+def make_loop(static: Any, *, max_steps: int) -> Loop:
+    """The loop for one problem; its inputs are the arrays of `(fn, solver, y0, args)`.
+
+    **Arguments:**
+
+    - `static`: What is left of `(fn, solver, y0, args)` without its arrays.
+    """
+
+    def init(inputs) -> Progress:
+        _, solver, y0, _ = eqx.combine(inputs, static)
+        inf = jnp.array(jnp.inf, residual_dtype(y0))
+        zero = jnp.zeros((), jnp.int32)
+        return Progress(
+            y=y0,
+            state=solver.init(y0, max_steps=max_steps),
+            result=RESULTS.successful,
+            is_live=jnp.array(True),
+            num_steps=zero,
+            num_fn_evals=zero,
+            residual=inf,
+            first_residual=inf,
+            best_residual=inf,
+            best_step=zero,
+        )
+
+    def body(num_steps, now: Progress, inputs) -> Progress:
+        fn, solver, _, args = eqx.combine(inputs, static)
+        f = fn(now.y, args)
+        # The judgement has no derivative, also where the loop is differentiated.
+        y, f_seen = jax.lax.stop_gradient((now.y, f))
+        residual, scaled = scaled_norm(
+            y, f_seen, rtol=solver.rtol, atol=solver.atol, norm=solver.norm
+        )
+        is_best = residual < now.best_residual
+        seen = Progress(
+            y=now.y,
+            state=now.state,
+            result=now.result,
+            is_live=now.is_live,
+            num_steps=now.num_steps,
+            num_fn_evals=now.num_fn_evals,
+            residual=residual,
+            first_residual=jnp.where(num_steps == 0, residual, now.first_residual),
+            best_residual=jnp.where(is_best, residual, now.best_residual),
+            best_step=jnp.where(is_best, now.num_steps, now.best_step),
+        )
+        is_finite = jnp.isfinite(residual) & tree_allfinite(f_seen)
+        stop, result = _judge(solver, y, scaled, seen, is_finite, max_steps)
+
+        proceed = now.is_live & ~stop
+        at = Evaluation(now.y, f, residual, num_steps, now.is_live, proceed)
+        new_y, state, num_evals = solver.step(fn, at, args, now.state)
+        new = Progress(
+            y=tree_where(proceed, new_y, now.y),
+            state=state,
+            result=RESULTS.where(stop, result, now.result),
+            is_live=proceed,
+            num_steps=now.num_steps + proceed.astype(jnp.int32),
+            num_fn_evals=now.num_fn_evals + 1 + num_evals * proceed.astype(jnp.int32),
+            residual=residual,
+            first_residual=seen.first_residual,
+            best_residual=seen.best_residual,
+            best_step=seen.best_step,
+        )
+        scalars = lambda p: (
+            p.result,
+            p.num_fn_evals,
+            p.residual,
+            p.first_residual,
+            p.best_residual,
+            p.best_step,
+        )
+        frozen = tree_where(now.is_live, scalars(new), scalars(now))
+        return eqx.tree_at(scalars, new, frozen)
+
+    return Loop(init, body, lambda now: now.is_live)
+
+
+def iterate(
+    fn: Callable[[Y, Args], Y],
+    solver: AbstractFixedPointSolver,
+    y0: Y,
+    args: Args,
+    *,
+    max_steps: int,
+    run: Callable[[Loop, PyTree[Any]], Progress[Y]],
+) -> Progress[Y]:
+    """Iterate `solver` on `fn` from `y0` until it stops.
+
+    **Arguments:**
+
+    - `fn`: Maps `(y, args)` to a tree like `y`. A pytree, all of whose arrays are
+        leaves: see [`equilax._misc.hoist`][].
+    - `run`: Runs a [`equilax._batching.Loop`][] on its inputs: the `solve` of a
+        batching strategy, or a loop that can be differentiated.
+    """
+    inputs, static = eqx.partition((fn, solver, y0, args), eqx.is_array)
+    return run(make_loop(static, max_steps=max_steps), inputs)

@@ -1,0 +1,65 @@
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import Y
+from .._misc import residual_dtype
+from .base import AbstractFixedPointSolver
+
+
+class _TracedState(eqx.Module):
+    solver_state: PyTree[Any]
+    trace: Float[Array, " max_steps+1"]
+
+
+class Traced(AbstractFixedPointSolver[Y, _TracedState]):
+    r"""Record the residual of every iterate.
+
+    Adds `trace` to `stats`: `max_steps + 1` numbers in the units of `y`, the solver's
+    norm of $f(y_k) - y_k$ for $k = 0, 1, \dots$ up to the value returned, and NaN after
+    it. Plotting libraries leave NaN out.
+
+    Use it to look at a solve. Cost: no evaluation of `fn`. Memory: `max_steps + 1`
+    scalars.
+    """
+
+    solver: AbstractFixedPointSolver
+
+    @property
+    def rtol(self):
+        return self.solver.rtol
+
+    @property
+    def atol(self):
+        return self.solver.atol
+
+    @property
+    def norm(self):
+        return self.solver.norm
+
+    def init(self, y, *, max_steps):
+        trace = jnp.full((max_steps + 1,), jnp.nan, residual_dtype(y))
+        return _TracedState(self.solver.init(y, max_steps=max_steps), trace)
+
+    def step(self, fn, at, args, state):
+        new_y, solver_state, num = self.solver.step(fn, at, args, state.solver_state)
+        k = at.num_steps
+        old = lax.dynamic_index_in_dim(state.trace, k, 0, keepdims=False)
+        new = jnp.where(at.is_live, at.residual, old)
+        trace = lax.dynamic_update_index_in_dim(state.trace, new, k, 0)
+        return new_y, _TracedState(solver_state, trace), num
+
+    def postprocess(self, y, residual, is_successful, state):
+        y, residual, stats = self.solver.postprocess(
+            y, residual, is_successful, state.solver_state
+        )
+        return y, residual, {**stats, "trace": state.trace}
+
+
+Traced.__init__.__doc__ = """**Arguments:**
+
+- `solver`: The solver to wrap. Its tolerances and norm are those of the whole.
+"""

@@ -1,0 +1,2 @@
+from .affine_cell import AffineCell as AffineCell
+from .fixed_point_layer import FixedPointLayer as FixedPointLayer

@@ -1,0 +1,86 @@
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.random as jr
+from jaxtyping import Array, Float, PRNGKeyArray
+
+
+class AffineCell(eqx.Module):
+    r"""The cell $(z, x) \mapsto \mathrm{activation}(W z + U x + b)$ (Bai et al. 2019).
+
+    With an activation whose slope is at most one, the cell contracts if the spectral
+    norm of $W$ is below one. At initialisation that norm is about 0.8; training may
+    raise it, and [`equilax.Anderson`][] goes on converging well beyond one.
+
+    Cost of a call: `features * (features + in_features)` multiplications.
+    """
+
+    weight: Float[Array, "features features"]
+    injection: Float[Array, "features in_features"]
+    bias: Float[Array, " features"]
+    activation: Callable
+    in_features: int = eqx.field(static=True)
+    features: int = eqx.field(static=True)
+
+    def __init__(
+        self,
+        in_features: int,
+        features: int,
+        activation: Callable = jnp.tanh,
+        *,
+        dtype: Any = None,
+        key: PRNGKeyArray,
+    ):
+        """**Arguments:**
+
+        - `in_features`: The size of the input `x`.
+        - `features`: The size of the state `z`.
+        - `activation`: Applied elementwise.
+        - `dtype`: The dtype of the parameters. Defaults to JAX's float. Keyword only
+            argument.
+        - `key`: A PRNG key for the initial parameters. Keyword only argument.
+        """
+        for name, size in (("in_features", in_features), ("features", features)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(
+                    f"`{name}` must be an integer of at least 1; got {size!r}."
+                )
+        if not callable(activation):
+            raise TypeError(f"`activation` must be callable; got {activation!r}.")
+        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        w_key, u_key = jr.split(key)
+        # A normal matrix of deviation s has a spectral norm of about 2 s sqrt(n).
+        scale = jnp.asarray(0.4 / features**0.5, dtype)
+        self.weight = scale * jr.normal(w_key, (features, features), dtype)
+        scale = jnp.asarray(1 / in_features**0.5, dtype)
+        self.injection = scale * jr.normal(u_key, (features, in_features), dtype)
+        self.bias = jnp.zeros((features,), dtype)
+        self.activation = activation
+        self.in_features = in_features
+        self.features = features
+
+    def init(self, x: Float[Array, " in_features"]) -> Float[Array, " features"]:
+        """The start of a solve: zero, in the dtype that a call returns."""
+        dtype = jnp.promote_types(x.dtype, self.weight.dtype)
+        return jnp.zeros((self.features,), dtype)
+
+    def __call__(
+        self, z: Float[Array, " features"], x: Float[Array, " in_features"]
+    ) -> Float[Array, " features"]:
+        """**Arguments:**
+
+        - `z`: The state.
+        - `x`: The injected input.
+
+        **Returns:**
+
+        The next state.
+        """
+        if x.shape != (self.in_features,):
+            raise ValueError(
+                f"`x` must have the shape ({self.in_features},), one sample without a "
+                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
+            )
+        return self.activation(self.weight @ z + self.injection @ x + self.bias)

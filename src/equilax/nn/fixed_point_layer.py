@@ -1,0 +1,164 @@
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PRNGKeyArray, PyTree
+
+from .._adjoint import AbstractAdjoint, ImplicitAdjoint
+from .._batching import AbstractBatching, Staged
+from .._fixed_point import fixed_point
+from .._misc import struct
+from .._solution import Solution
+from .._solver import AbstractFixedPointSolver
+
+
+def _call(z, args):
+    cell, x, key = args
+    return cell(z, x) if key is None else cell(z, x, key=key)
+
+
+def _takes_key(cell: Callable) -> bool:
+    parameters = inspect.signature(cell).parameters.values()
+    return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
+
+
+class FixedPointLayer(eqx.Module):
+    r"""A deep equilibrium layer: the `z` for which `cell(z, x) == z` (Bai et al. 2019).
+
+    An Equinox layer like any other: one sample in, one out. `jax.vmap(layer)(xs)` runs
+    the samples of a batch as one solve that holds up no quick sample for a slow one.
+    Gradients reach the parameters of the cell and `x` by the implicit function theorem.
+
+    A solve that does not converge does not raise here: its value is where it stopped.
+    Call `solve` in place of the layer to read its status and its step count.
+
+    Cost: an evaluation of the cell a step of the solver and one more; the same again in
+    the backward pass, with products in place of evaluations. Memory: the solver's in
+    the forward pass, one linearisation of the cell in the backward pass.
+    """
+
+    cell: Callable
+    solver: AbstractFixedPointSolver
+    adjoint: AbstractAdjoint
+    batching: AbstractBatching
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+
+    def __init__(
+        self,
+        cell: Callable,
+        solver: AbstractFixedPointSolver,
+        *,
+        adjoint: AbstractAdjoint = ImplicitAdjoint(),  # noqa: B008
+        batching: AbstractBatching = Staged(),  # noqa: B008
+        max_steps: int = 256,
+        throw: bool = False,
+    ):
+        """**Arguments:**
+
+        - `cell`: Maps `(z, x)` to a tree like `z`. Any callable, in general an Equinox
+            module. Two things are optional: a method `init(x) -> z0` that shapes the
+            state, and a keyword argument `key` for randomness.
+        - `solver`: A fixed-point solver, such as [`equilax.Anderson`][].
+        - `adjoint`: How to differentiate the solve. Keyword only argument.
+        - `batching`: How the solve runs under `jax.vmap`. Keyword only argument.
+        - `max_steps`: The most steps to take. Keyword only argument.
+        - `throw`: Whether a failed solve raises. Keyword only argument.
+        """
+        if not callable(cell):
+            raise TypeError(f"`cell` must be callable, as `cell(z, x)`; got {cell!r}.")
+        if not isinstance(solver, AbstractFixedPointSolver):
+            hint = " Did you pass the class?" if isinstance(solver, type) else ""
+            raise TypeError(
+                "`solver` must be an instance of `AbstractFixedPointSolver`; got "
+                f"{solver!r}.{hint}"
+            )
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(
+                f"`max_steps` must be an integer of at least 1; got {max_steps!r}."
+            )
+        self.cell = cell
+        self.solver = solver
+        self.adjoint = adjoint
+        self.batching = batching
+        self.max_steps = max_steps
+        self.throw = throw
+
+    def __call__(
+        self,
+        x: PyTree[Any],
+        *,
+        z0: PyTree[Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> PyTree[Array]:
+        """**Arguments:**
+
+        - `x`: The injected input, one sample.
+        - `z0`: The initial guess. Defaults to `cell.init(x)`, and for a cell without
+            one to zeros like `x`. Keyword only argument.
+        - `key`: A PRNG key, handed to a cell that takes one: the same in every
+            evaluation of the solve, without which there is no fixed point. Keyword only
+            argument.
+
+        **Returns:**
+
+        The equilibrium, of the structure, shapes and dtypes of `z0`.
+        """
+        return self.solve(x, z0=z0, key=key).value
+
+    def solve(
+        self,
+        x: PyTree[Any],
+        *,
+        z0: PyTree[Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> Solution:
+        """As calling the layer, but returns the whole [`equilax.Solution`][]."""
+        key = key if _takes_key(self.cell) else None
+        args = (self.cell, x, key)
+        return fixed_point(
+            _call,
+            self.solver,
+            self._start(z0, args),
+            args,
+            max_steps=self.max_steps,
+            adjoint=self.adjoint,
+            batching=self.batching,
+            throw=self.throw,
+        )
+
+    def _start(self, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:
+        """The initial guess, or an error if the cell does not return its like."""
+        if z0 is not None:
+            if hasattr(self.cell, "init"):
+                expected = eqx.filter_eval_shape(self.cell.init, args[1])
+                _check_start(z0, expected, "`cell.init(x)`")
+            return z0
+        if hasattr(self.cell, "init"):
+            return self.cell.init(args[1])
+        z0 = jtu.tree_map(jnp.zeros_like, args[1])
+        try:
+            out = eqx.filter_eval_shape(_call, z0, args)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                "`z0` was not given and `cell` has no method `init(x) -> z0`, and "
+                f"zeros like `x` ({struct(z0)}) do not fit `cell`: pass `z0`."
+            ) from error
+        _check_start(z0, out, "`cell(z, x)`", "`z0` was not given; zeros like `x` are ")
+        return z0
+
+
+def _check_start(z0, expected, source: str, prefix: str = "`z0` has "):
+    leaves = jtu.tree_map(jnp.asarray, z0)
+    got, expected = jax.eval_shape(lambda: leaves), struct(expected)
+    if jtu.tree_structure(got) != jtu.tree_structure(expected) or any(
+        a.shape != b.shape
+        for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(expected), strict=True)
+    ):
+        raise ValueError(
+            f"{prefix}{struct(got)}, but {source} has {expected}: pass a `z0` like it."
+        )
