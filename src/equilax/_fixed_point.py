@@ -1,4 +1,4 @@
-from typing import Any, Generic
+from typing import Any, cast, Generic
 
 import equinox as eqx
 import jax
@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
 from ._batching import AbstractBatching, Staged
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
-from ._misc import any_varying, hoist, Hoisted, struct, vary_over, varying
+from ._misc import any_varying, hoist, Hoisted, vary_over, varying
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, iterate
 
@@ -25,7 +25,7 @@ class _First(eqx.Module, Generic[Y]):
 
 
 def _as_state(y0: PyTree[Any]) -> PyTree[Any]:
-    """`y0` as a tree of strongly typed inexact arrays, or an error that says why not."""
+    """`y0` as a tree of strongly typed inexact arrays, or an error that says why."""
     leaves = jtu.tree_leaves(y0)
     if not leaves:
         raise ValueError(
@@ -107,7 +107,7 @@ def _check_output(y0, f):
 
 
 def _hoist(fn, y0, args, has_aux: bool) -> tuple[Hoisted, PyTree[Any]]:
-    """Trace `fn` once, at a `y0` that varies over the mesh axes its image varies over."""
+    """Trace `fn` once, at a `y0` that varies over the mesh axes of its image."""
 
     def checked(y, args):
         f, aux = _split(fn(y, args), has_aux)
@@ -218,5 +218,5 @@ def fixed_point(
         "residual": residual,
         **stats,
     }
-    sol = Solution(value, end.result, aux, stats, end.state)
+    sol = Solution(value, end.result, cast(Aux, aux), stats, end.state)
     return _raise_on_failure(sol) if throw else sol

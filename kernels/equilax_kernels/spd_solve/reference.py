@@ -8,9 +8,9 @@ def spd_solve(
     size = vector.shape[0]
     rows = [[matrix[i, j] for j in range(i + 1)] for i in range(size)]
     x = [vector[i] for i in range(size)]
-    # Cholesky's factor, row by row, and the forward substitution beside it. A pivot that
-    # rounding has pushed to zero or below is a direction without information: with an
-    # infinite pivot it takes no part.
+    # Cholesky's factor, row by row, and the forward substitution beside it. A pivot
+    # that rounding has pushed to zero or below is a direction without information: with
+    # an infinite pivot it takes no part.
     for i in range(size):
         for j in range(i):
             for k in range(j):

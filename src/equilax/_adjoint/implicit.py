@@ -65,9 +65,9 @@ class ImplicitAdjoint(AbstractAdjoint):
     `throw=True`, and otherwise makes the derivative of that sample not-a-number. One
     that stops at the level of rounding of the dtype has not failed.
 
-    Cost: one linearisation of `fn`, and a product with $J$ or $J^T$ for each step of the
-    linear solver. Memory: the linearisation and the linear solver's, independent of the
-    steps of the forward solve.
+    Cost: one linearisation of `fn`, and a product with $J$ or $J^T$ for each step of
+    the linear solver. Memory: the linearisation and the linear solver's, independent of
+    the steps of the forward solve.
     """
 
     linear_solver: lx.AbstractLinearSolver = FixedPointLinearSolver()

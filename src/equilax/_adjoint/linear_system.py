@@ -24,9 +24,9 @@ _ROUNDING_UNITS = 64
 def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
     """Functions from a tree like `tree` to one real vector and back.
 
-    One vector, since the transpose of `lax.custom_linear_solve` fails on a tree of which
-    some leaf does not depend on the tangent. Real, since the Jacobian of a function of
-    complex numbers is linear over the reals only.
+    One vector, since the transpose of `lax.custom_linear_solve` fails on a tree of
+    which some leaf does not depend on the tangent. Real, since the Jacobian of a
+    function of complex numbers is linear over the reals only.
     """
     leaves, treedef = jtu.tree_flatten(tree)
     is_complex = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves]
@@ -109,8 +109,8 @@ def _solve_lineax(
     ours = "take `equilax.FixedPointLinearSolver` for the adjoint instead."
     if any_varying(rhs, problem):
         raise ValueError(
-            f"`linear_solver={name}` runs through `lineax.linear_solve`, which does not "
-            f"work inside `jax.shard_map` (Lineax 0.1.1): {ours}"
+            f"`linear_solver={name}` runs through `lineax.linear_solve`, which does "
+            f"not work inside `jax.shard_map` (Lineax 0.1.1): {ours}"
         )
     half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
     if half:

@@ -6,7 +6,7 @@ from .loop import Carry, Inputs, Loop
 
 
 class AbstractBatching(eqx.Module):
-    """Abstract base class for batching strategies: how a solve runs under `jax.vmap`."""
+    """Abstract base class for how a solve runs under `jax.vmap`."""
 
     @abc.abstractmethod
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:

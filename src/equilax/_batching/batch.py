@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -7,6 +8,7 @@ import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Int, PyTree
 
+from .._custom_types import IntScalar
 from .._misc import any_varying
 from .loop import Carry, Inputs, Loop, while_loop
 
@@ -119,31 +121,49 @@ def _merge(leaf: Array, is_outer: bool, is_inner: bool, outer: int, inner: int):
     return leaf.reshape(outer * inner, *shape)
 
 
-def _run_chain(
-    loop: Loop, layout: _Layout, leaves: list[Array], treedef, sizes: tuple[int, ...]
-) -> Carry:
+def _run_stage(
+    loop: Loop,
+    layout: _Layout,
+    leaves: list[Array],
+    treedef: Any,
+    start: tuple[IntScalar, Carry],
+    next_size: int,
+) -> tuple[IntScalar, Carry]:
+    """Run the batch until no more than `next_size` samples (of a group) are live."""
+
     def body(num_steps, carry, leaves):
         return loop.body(num_steps, carry, jtu.tree_unflatten(treedef, leaves))
+
+    step = layout.lift(body)
+
+    def one_pass(carry):
+        num_steps, now = carry
+        return num_steps + 1, step(num_steps, now, leaves)
+
+    def too_many(carry):
+        num_live = jnp.sum(loop.is_live(carry[1]), axis=-1, dtype=jnp.int32)
+        return jnp.any(num_live > next_size)
+
+    return while_loop(too_many, one_pass, start, may_vary=any_varying(leaves))
+
+
+def _run_chain(
+    loop: Loop,
+    layout: _Layout,
+    leaves: list[Array],
+    treedef: Any,
+    sizes: tuple[int, ...],
+) -> Carry:
+    """Run the stages one after the other, each on the samples that the last left."""
 
     def init(leaves):
         return loop.init(jtu.tree_unflatten(treedef, leaves))
 
-    axes = any_varying(leaves)
-    carry = layout.lift_init(init)(leaves)
-    num_steps, order, final = jnp.zeros((), jnp.int32), None, carry
+    carry = final = layout.lift_init(init)(leaves)
+    num_steps, order = jnp.zeros((), jnp.int32), None
     for next_size in (*sizes[1:], 0):
-        step = layout.lift(body)
-
-        def pass_(carry, step=step, leaves=leaves):
-            num_steps, carry = carry
-            return num_steps + 1, step(num_steps, carry, leaves)
-
-        def too_many(carry, next_size=next_size):
-            num_live = jnp.sum(loop.is_live(carry[1]), axis=-1, dtype=jnp.int32)
-            return jnp.any(num_live > next_size)
-
-        num_steps, carry = while_loop(
-            too_many, pass_, (num_steps, carry), may_vary=axes
+        num_steps, carry = _run_stage(
+            loop, layout, leaves, treedef, (num_steps, carry), next_size
         )
         if order is None:
             final = carry
@@ -177,7 +197,9 @@ def solve_batch(
         @run.def_vmap
         def _(num, is_batched, *leaves):
             if num == 1:  # A batch of one costs what a lone problem costs.
-                first = [x[0] if b else x for x, b in zip(leaves, is_batched)]
+                first = [
+                    x[0] if b else x for x, b in zip(leaves, is_batched, strict=True)
+                ]
                 out = jtu.tree_map(lambda x: x[None], run(*first))
             else:
                 out = run_outer(num, list(is_batched), list(leaves))

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._custom_types import BoolScalar, IntScalar
-from .._misc import any_varying, varying, vary_over
+from .._misc import any_varying, vary_over, varying
 
 
 Carry = PyTree[Array]
@@ -64,12 +64,12 @@ def while_loop(
     *,
     may_vary: frozenset[str],
 ) -> Carry:
-    """`lax.while_loop`, with the carry declared to vary over the mesh axes that it does.
+    """`lax.while_loop`, its carry declared to vary over the mesh axes that it does.
 
     With `check_vma=True` the types of the carry must agree before and after `body`. JAX
-    (to 0.12) lets one mistake through: with a predicate that varies over an axis, a carry
-    that does not (a step counter, say) keeps the type "replicated" although the devices
-    stop at different steps. So each leaf takes on the axes of the predicate as well.
+    (to 0.12) lets one mistake through: with a predicate that varies over an axis, a
+    carry that does not (a step counter, say) keeps the type "replicated" although the
+    devices stop at different steps. So each leaf takes on the predicate's axes as well.
     """
     if not may_vary:
         return lax.while_loop(cond, body, init)
@@ -77,13 +77,16 @@ def while_loop(
     axes = [varying(x) for x in leaves]
 
     def cast(tree, axes):
-        leaves = [vary_over(x, a) for x, a in zip(jtu.tree_leaves(tree), axes)]
+        pairs = zip(jtu.tree_leaves(tree), axes, strict=True)
+        leaves = [vary_over(x, a) for x, a in pairs]
         return jtu.tree_unflatten(treedef, leaves)
 
     while True:
         carry = cast(init, axes)
         (pred,) = _axes_of(cond, carry)
-        new_axes = [a | b | pred for a, b in zip(axes, _axes_of(body, carry))]
+        pairs = zip(axes, _axes_of(body, carry), strict=True)
+        new_axes = [a | b | pred for a, b in pairs]
         if new_axes == axes:
-            return lax.while_loop(cond, lambda c: cast(body(c), axes), carry)
+            break
         axes = new_axes
+    return lax.while_loop(cond, lambda c: cast(body(c), axes), carry)

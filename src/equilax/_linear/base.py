@@ -13,8 +13,8 @@ from .._solution import RESULTS, Solution
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
     """Abstract base class for linear solvers that need products alone.
 
-    They are Lineax solvers, for [`lineax.linear_solve`][], and can also be called with a
-    function: that is how an adjoint runs them where Lineax's primitive cannot go
+    They are Lineax solvers, for [`lineax.linear_solve`][], and can also be called with
+    a function: that is how an adjoint runs them where Lineax's primitive cannot go
     (`shard_map`, half precision, `jax.export`).
     """
 

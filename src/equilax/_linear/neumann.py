@@ -53,7 +53,7 @@ class Neumann(AbstractMatrixFreeSolver):
             weight = 1 - jnp.asarray(self.damp, jnp.finfo(x.dtype).dtype)
             return x * weight.astype(x.dtype)
 
-        # With the partial sum u_k, u_{k+1} = (1 - d) v + (d I + (1 - d) J) u_k, which is
+        # For the partial sums, u_{k+1} = (1 - d) v + (d I + (1 - d) J) u_k, which is
         # u_k + (1 - d) (v - A u_k).
         def body(carry):
             k, u = carry

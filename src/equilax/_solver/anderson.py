@@ -1,3 +1,4 @@
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -15,9 +16,9 @@ from .fixed_point_iteration import damped
 
 
 class _AndersonState(eqx.Module):
-    # Rings of `m` differences between successive steps, each row divided by the residual
-    # of its step: squares then stay in range for a problem of any scale, half precision
-    # included.
+    # Rings of `m` differences between successive steps, each row divided by the
+    # residual of its step: squares then stay in range for a problem of any scale, half
+    # precision included.
     d_residuals: PyTree[Array]
     d_images: PyTree[Array]
     gram: Float[Array, "m m"]
@@ -42,7 +43,7 @@ def _products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
         )
         return out.real.astype(dtype)
 
-    return sum(jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
+    return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
 
 
 def _combine(weights: Float[Array, " m"], rows: Array) -> Array:

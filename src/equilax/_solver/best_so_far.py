@@ -37,7 +37,7 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
         return self.solver.atol
 
     @property
-    def norm(self):
+    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.norm
 
     def init(self, y, *, max_steps):

@@ -20,8 +20,8 @@ from .base import AbstractFixedPointSolver, Evaluation
 _DIVERGED = 1e8
 _PATIENCE_AT_ROUNDING = 30
 _PATIENCE = 1000
-# A residual is a difference of two numbers of the size of `y`, one of them the result of
-# many operations: at this many units in the last place it holds no information.
+# A residual is a difference of two numbers of the size of `y`, one of them the result
+# of many operations: at this many units in the last place it holds no information.
 _ROUNDING_UNITS = 8
 
 
@@ -55,8 +55,9 @@ def scaled_norm(
 ) -> tuple[Scalar, Scalar]:
     """The norm of `f - y`, plain and in units of the tolerance at `y`.
 
-    Elementwise the unit is `atol + rtol * |y|`. Where an element doesn't move at all the
-    scaled difference is zero, whatever the unit: zero is converged even at `atol=0`.
+    Elementwise the unit is `atol + rtol * |y|`. Where an element doesn't move at all
+    the scaled difference is zero, whatever the unit: zero is converged even at
+    `atol=0`.
     """
     difference = _difference(y, f)
 

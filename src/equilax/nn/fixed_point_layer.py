@@ -133,13 +133,14 @@ class FixedPointLayer(eqx.Module):
 
     def _start(self, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:
         """The initial guess, or an error if the cell does not return its like."""
+        init = getattr(self.cell, "init", None)
         if z0 is not None:
-            if hasattr(self.cell, "init"):
-                expected = eqx.filter_eval_shape(self.cell.init, args[1])
+            if init is not None:
+                expected = eqx.filter_eval_shape(init, args[1])
                 _check_start(z0, expected, "`cell.init(x)`")
             return z0
-        if hasattr(self.cell, "init"):
-            return self.cell.init(args[1])
+        if init is not None:
+            return init(args[1])
         z0 = jtu.tree_map(jnp.zeros_like, args[1])
         try:
             out = eqx.filter_eval_shape(_call, z0, args)
