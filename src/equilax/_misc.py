@@ -13,17 +13,6 @@ from jaxtyping import Array, PyTree
 from ._custom_types import BoolScalar
 
 
-def residual_dtype(y: PyTree[Any]) -> Any:
-    """The dtype for norms and inner products of `y`: real, and at least float32."""
-    dtypes = [jnp.finfo(x.dtype).dtype for x in jtu.tree_leaves(y)]
-    return ft.reduce(jnp.promote_types, dtypes, jnp.dtype(jnp.float32))
-
-
-def rounding(y: PyTree[Any]) -> float:
-    """The relative spacing of numbers in the coarsest dtype among the leaves of `y`."""
-    return max(float(jnp.finfo(x.dtype).eps) for x in jtu.tree_leaves(y))
-
-
 def tree_where(pred: BoolScalar, true: PyTree[Array], false: PyTree[Array]):
     """Select whole trees: never by arithmetic, in which zero times NaN is NaN."""
     return jtu.tree_map(ft.partial(jnp.where, pred), true, false)

@@ -6,13 +6,12 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, PyTree, Scalar
 
+from ._dtype import at_least_single, promote, real
+
 
 def _magnitude(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
     """Absolute values, in the real dtype of `x` and at least float32."""
-    x = jnp.abs(x)
-    if jnp.finfo(x.dtype).bits < 32:
-        x = x.astype(jnp.float32)
-    return x
+    return jnp.abs(x).astype(at_least_single(real(x.dtype)))
 
 
 @jax.custom_jvp
@@ -30,7 +29,7 @@ def _flat_at_zero_jvp(primals, tangents):
 
 def _reduce(tree: PyTree[Array], leaf_norm, join) -> Scalar:
     leaves = [_magnitude(x) for x in jtu.tree_leaves(tree)]
-    dtype = ft.reduce(jnp.promote_types, [x.dtype for x in leaves], jnp.float32)
+    dtype = promote(jnp.float32, *(x.dtype for x in leaves))
     parts = [leaf_norm(x).astype(dtype) for x in leaves if x.size > 0]
     return ft.reduce(join, parts) if parts else jnp.zeros((), dtype)
 

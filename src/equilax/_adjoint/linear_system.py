@@ -1,6 +1,5 @@
 """Solve the linear system of a derivative: the one place that knows by which road."""
 
-import functools as ft
 from collections.abc import Callable
 
 import jax
@@ -10,8 +9,9 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from .._dtype import promote, real, rounding
 from .._linear import AbstractMatrixFreeSolver
-from .._misc import any_varying, rounding, struct
+from .._misc import any_varying, struct
 from .._norm import max_norm
 from .._solution import RESULTS
 from .base import Problem
@@ -30,8 +30,8 @@ def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
     """
     leaves, treedef = jtu.tree_flatten(tree)
     is_complex = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves]
-    reals = [jnp.finfo(x.dtype).dtype for x in leaves]
-    dtype = ft.reduce(jnp.promote_types, reals)
+    reals = [real(x.dtype) for x in leaves]
+    dtype = promote(*reals)
 
     def ravel(tree):
         parts = []
@@ -41,11 +41,11 @@ def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
 
     def unravel(vector):
         parts, start = [], 0
-        for leaf, c, real in zip(leaves, is_complex, reals, strict=True):
+        for leaf, c, part in zip(leaves, is_complex, reals, strict=True):
             pieces = []
             for _ in range(1 + c):
                 piece = lax.slice_in_dim(vector, start, start + leaf.size)
-                pieces.append(piece.reshape(leaf.shape).astype(real))
+                pieces.append(piece.reshape(leaf.shape).astype(part))
                 start += leaf.size
             parts.append(lax.complex(*pieces) if c else pieces[0])
         return jtu.tree_unflatten(treedef, parts)

@@ -6,7 +6,7 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._batching import AbstractBatching, Staged
-from .._misc import rounding
+from .._dtype import rounding
 from .._solution import RESULTS, Solution
 
 

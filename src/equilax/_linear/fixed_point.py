@@ -2,6 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._dtype import real
 from .._misc import hoist
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
@@ -48,10 +49,10 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         unit = jnp.where(is_unit, 1, largest)
 
         def divide(x):
-            return (x / unit.astype(jnp.finfo(x.dtype).dtype)).astype(x.dtype)
+            return (x / unit.astype(real(x.dtype))).astype(x.dtype)
 
         def multiply(x):
-            return (x * unit.astype(jnp.finfo(x.dtype).dtype)).astype(x.dtype)
+            return (x * unit.astype(real(x.dtype))).astype(x.dtype)
 
         vector = jtu.tree_map(divide, vector)
         solver = self.solver

@@ -5,6 +5,7 @@ from jax import lax
 
 from .._batching import while_loop
 from .._custom_types import RealScalarLike
+from .._dtype import real
 from .._misc import any_varying, hoist
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
@@ -50,7 +51,7 @@ class Neumann(AbstractMatrixFreeSolver):
         mv = hoist(mv, vector)
 
         def weigh(x):
-            weight = 1 - jnp.asarray(self.damp, jnp.finfo(x.dtype).dtype)
+            weight = 1 - jnp.asarray(self.damp, real(x.dtype))
             return x * weight.astype(x.dtype)
 
         # For the partial sums, u_{k+1} = (1 - d) v + (d I + (1 - d) J) u_k, which is

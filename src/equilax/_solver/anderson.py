@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
-from .._misc import residual_dtype, tree_where
+from .._dtype import at_least_single, promote, real, residual_dtype
+from .._misc import tree_where
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, check_fraction, check_tolerances
 from .fixed_point_iteration import damped
@@ -33,7 +34,7 @@ def _products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
     def product(row, x):
         row = jnp.conj(row.reshape(row.shape[0], -1))
         x = x.reshape(-1).astype(row.dtype)
-        accumulate = jnp.promote_types(row.dtype, dtype)
+        accumulate = promote(row.dtype, dtype)
         out = jnp.einsum(
             "mn,n->m",
             row,
@@ -48,7 +49,7 @@ def _products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
 
 def _combine(weights: Float[Array, " m"], rows: Array) -> Array:
     """The sum of `weights[j] * rows[j]`, in at least single precision."""
-    dtype = jnp.promote_types(rows.dtype, jnp.float32)
+    dtype = at_least_single(rows.dtype)
     flat = rows.reshape(rows.shape[0], -1).astype(dtype)
     out = jnp.einsum(
         "m,mn->n", weights.astype(dtype), flat, precision=lax.Precision.HIGHEST
@@ -110,13 +111,12 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         del max_steps
         m, dtype = self.history_length, residual_dtype(y)
         ring = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
-        at_least_single = lambda x: jnp.promote_types(x.dtype, jnp.float32)
         return _AndersonState(
             d_residuals=ring,
             d_images=ring,
             gram=jnp.zeros((m, m), dtype),
             last_residual=jtu.tree_map(
-                lambda x: jnp.zeros(x.shape, at_least_single(x)), y
+                lambda x: jnp.zeros(x.shape, at_least_single(x.dtype)), y
             ),
             last_image=jtu.tree_map(jnp.zeros_like, y),
             last_norm=jnp.zeros((), dtype),
@@ -136,7 +136,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         def extrapolate(y, f, g, d_image, d_residual):
             new = f.astype(g.dtype) - _combine(weights, d_image)
             if not (isinstance(self.damp, (int, float)) and self.damp == 0):
-                damp = jnp.asarray(self.damp, jnp.finfo(g.dtype).dtype).astype(g.dtype)
+                damp = jnp.asarray(self.damp, real(g.dtype)).astype(g.dtype)
                 new = new - damp * (g - _combine(weights, d_residual))
             return new.astype(y.dtype)
 
@@ -156,7 +156,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         inverse = jnp.where(is_normal, 1 / jnp.where(is_normal, scale, 1), 1)
 
         def change(new, old, ring):
-            dtype = jnp.promote_types(new.dtype, jnp.float32)
+            dtype = at_least_single(new.dtype)
             difference = new.astype(dtype) - old.astype(dtype)
             return (difference * inverse.astype(dtype)).astype(ring.dtype)
 

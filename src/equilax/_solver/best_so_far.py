@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
 from .._custom_types import Y
-from .._misc import residual_dtype, tree_where
+from .._dtype import residual_dtype
+from .._misc import tree_where
 from .base import AbstractFixedPointSolver
 
 

@@ -4,6 +4,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 
 from .._custom_types import Norm, RealScalarLike, Y
+from .._dtype import real
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, check_fraction, check_tolerances
 
@@ -15,7 +16,7 @@ def damped(damp: RealScalarLike, y: Y, f: Y) -> Y:
     """`(1 - damp) * f + damp * y`, and exactly `f` where `damp` is zero."""
 
     def mix(a, b):
-        weight = jnp.asarray(damp, jnp.finfo(b.dtype).dtype).astype(b.dtype)
+        weight = jnp.asarray(damp, real(b.dtype)).astype(b.dtype)
         return (1 - weight) * b + weight * a
 
     return (

@@ -11,7 +11,8 @@ from jaxtyping import PyTree, Scalar
 
 from .._batching import Loop
 from .._custom_types import Args, BoolScalar, IntScalar, Norm, RealScalarLike, Y
-from .._misc import residual_dtype, rounding, tree_allfinite, tree_where
+from .._dtype import at_least_single, real, residual_dtype, rounding
+from .._misc import tree_allfinite, tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
 
@@ -44,7 +45,7 @@ def _difference(y: Y, f: Y) -> Y:
     """`f - y`, in at least single precision."""
 
     def subtract(a, b):
-        dtype = jnp.promote_types(a.dtype, jnp.float32)
+        dtype = at_least_single(a.dtype)
         return b.astype(dtype) - a.astype(dtype)
 
     return jtu.tree_map(subtract, y, f)
@@ -62,10 +63,9 @@ def scaled_norm(
     difference = _difference(y, f)
 
     def scale(d, a):
-        real = jnp.finfo(d.dtype).dtype
-        unit = jnp.asarray(atol, real) + jnp.asarray(rtol, real) * jnp.abs(a).astype(
-            real
-        )
+        dtype = real(d.dtype)
+        size = jnp.abs(a).astype(dtype)
+        unit = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
         return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
 
     dtype = residual_dtype(y)

@@ -6,7 +6,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import Y
-from .._misc import residual_dtype
+from .._dtype import residual_dtype
 from .base import AbstractFixedPointSolver
 
 

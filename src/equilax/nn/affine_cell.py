@@ -6,6 +6,8 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._dtype import promote
+
 
 class AffineCell(eqx.Module):
     r"""The cell $(z, x) \mapsto \mathrm{activation}(W z + U x + b)$ (Bai et al. 2019).
@@ -63,8 +65,7 @@ class AffineCell(eqx.Module):
 
     def init(self, x: Float[Array, " in_features"]) -> Float[Array, " features"]:
         """The start of a solve: zero, in the dtype that a call returns."""
-        dtype = jnp.promote_types(x.dtype, self.weight.dtype)
-        return jnp.zeros((self.features,), dtype)
+        return jnp.zeros((self.features,), promote(x.dtype, self.weight.dtype))
 
     def __call__(
         self, z: Float[Array, " features"], x: Float[Array, " in_features"]

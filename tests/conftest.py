@@ -1,0 +1,17 @@
+import zlib
+
+import equinox.internal as eqxi
+import jax
+import pytest
+
+
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture
+def getkey(request):
+    """Fresh keys, the same ones in every run of the same test."""
+    return eqxi.GetKey(seed=zlib.crc32(request.node.nodeid.encode()) >> 1)

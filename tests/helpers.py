@@ -1,0 +1,91 @@
+import equilax as eqlx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import numpy as np
+
+
+def solver_list(rtol, atol):
+    """One of each solver; a new one joins here, and so runs against everything."""
+    return {
+        "picard": eqlx.FixedPointIteration(rtol, atol),
+        "damped": eqlx.FixedPointIteration(rtol, atol, damp=0.3),
+        "anderson": eqlx.Anderson(rtol, atol),
+        "anderson_damped": eqlx.Anderson(rtol, atol, history_length=3, damp=0.2),
+        "best_so_far": eqlx.BestSoFar(eqlx.Anderson(rtol, atol)),
+        "traced": eqlx.Traced(eqlx.FixedPointIteration(rtol, atol)),
+    }
+
+
+def tanh_cell(z, args):
+    w, x = args
+    return jnp.tanh(w @ z + x)
+
+
+def tanh_problem(key, size, gain, dtype=jnp.float64):
+    """A cell of spectral norm `gain`, and an input of order one."""
+    w_key, x_key = jr.split(key)
+    w = jr.normal(w_key, (size, size), jnp.float64)
+    w = gain * w / jnp.linalg.norm(w, ord=2)
+    x = jr.normal(x_key, (size,), jnp.float64)
+    return w.astype(dtype), x.astype(dtype)
+
+
+def newton(fn, z, args, num_steps=60):
+    """The fixed point in float64, by dense Newton steps: nothing of ours is in it."""
+    z, args = to_float64((z, args))
+    size = z.size
+    for _ in range(num_steps):
+        jacobian = np.asarray(jax.jacfwd(fn)(z, args)).reshape(size, size)
+        residual = np.asarray(fn(z, args) - z).reshape(size)
+        step = np.linalg.solve(np.eye(size) - jacobian, residual)
+        z = z + step.reshape(z.shape)
+        if np.max(np.abs(step)) < 1e-15 * (1 + np.max(np.abs(z))):
+            break
+    return z
+
+
+def dense_sensitivity(fn, z, args):
+    """`dz/dargs` at a fixed point, leaf by leaf, by a dense inverse in float64."""
+    z, args = to_float64((z, args))
+    size = z.size
+    jacobian = np.asarray(jax.jacfwd(fn)(z, args)).reshape(size, size)
+    inverse = np.linalg.inv(np.eye(size) - jacobian)
+
+    def of_leaf(d):
+        out = inverse @ np.asarray(d).reshape(size, -1)
+        return jnp.asarray(out.reshape(d.shape))
+
+    return jax.tree.map(of_leaf, jax.jacfwd(fn, argnums=1)(z, args))
+
+
+def to_float64(tree):
+    def convert(x):
+        is_complex = jnp.issubdtype(x.dtype, jnp.complexfloating)
+        return x.astype(jnp.complex128 if is_complex else jnp.float64)
+
+    return jax.tree.map(convert, tree)
+
+
+def relative_error(got, expected):
+    """The largest difference over all leaves, relative to the largest number."""
+    got, expected = to_float64((got, expected))
+    difference = jax.tree.map(lambda a, b: jnp.max(jnp.abs(a - b)), got, expected)
+    size = jax.tree.map(lambda a: jnp.max(jnp.abs(a)), expected)
+    return float(max(jax.tree.leaves(difference)) / max(jax.tree.leaves(size)))
+
+
+class Counted(eqx.Module):
+    """Counts in `traces` how often Python runs `fn`."""
+
+    fn: object
+    traces: list = eqx.field(static=True, default_factory=list)
+
+    def __call__(self, *args):
+        self.traces.append(None)
+        return self.fn(*args)
+
+
+def is_successful(sol):
+    return sol.result == eqlx.RESULTS.successful
