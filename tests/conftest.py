@@ -1,4 +1,12 @@
+import os
 import zlib
+
+
+# Most of the suite's time is compilation, of programs that run once.
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true",
+)
 
 import equinox.internal as eqxi
 import jax

@@ -8,7 +8,7 @@ import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from ._custom_types import BoolScalar
 
@@ -33,12 +33,12 @@ def struct(tree: PyTree[Any]) -> PyTree[Any]:
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
-def varying(x: Array) -> frozenset[str]:
+def varying(x: ArrayLike) -> frozenset[str]:
     """The manual mesh axes over which `x` differs between devices."""
     return frozenset(jax.typeof(x).mat.varying)
 
 
-def vary_over(x: Array, axes: frozenset[str]) -> Array:
+def vary_over(x: ArrayLike, axes: frozenset[str]) -> Array:
     """Declare `x` to vary over `axes`, those over which it varies already included."""
     # Casting an axis a second time is an error, hence the difference.
     missing = tuple(sorted(axes - varying(x)))
@@ -84,4 +84,5 @@ def hoist(fn: Callable, *args: PyTree[Any]) -> Hoisted:
         return out
 
     closed, out_struct = jax.make_jaxpr(of_arrays, return_shape=True)(dynamic)
-    return Hoisted(closed.consts, closed.jaxpr, struct(out_struct), found[-1])
+    consts = [jnp.asarray(x) for x in closed.consts]
+    return Hoisted(consts, closed.jaxpr, struct(out_struct), found[-1])

@@ -25,7 +25,7 @@ def test_matches_a_float64_library(getkey, size, dtype):
 @pytest.mark.parametrize("num", specs.BATCHES)
 def test_a_batch_is_solved_without_a_library_call(getkey, num):
     root = jr.normal(getkey(), (num, 5, 5))
-    matrix = root @ root.mT + jnp.eye(5)
+    matrix = root @ root.mT + jnp.eye(5)[None]
     vector = jr.normal(getkey(), (num, 5))
     solve = jax.jit(jax.vmap(equilax_kernels.spd_solve, in_axes=(0, 0, None)))
     out = solve(matrix, vector, jnp.zeros(()))

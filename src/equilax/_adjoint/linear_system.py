@@ -72,57 +72,60 @@ def _checked(
     return jtu.tree_map(lambda x: jnp.where(is_usable, x, jnp.nan), value)
 
 
-def _solve_matrix_free(
-    linear_solver: AbstractMatrixFreeSolver,
-    product: Callable,
-    rhs: PyTree[Array],
-    problem: Problem,
-    tolerance: Array,
-) -> PyTree[Array]:
-    ravel, unravel = _raveller(rhs)
-
-    def mv(t):
-        return t - ravel(product(unravel(t)))
+def _matrix_free(
+    linear_solver: AbstractMatrixFreeSolver, problem: Problem, y: PyTree[Array]
+) -> Callable:
+    """Solve by products alone, on the road that the forward solve took."""
+    tolerance = _tolerance(problem, y)
 
     def solve(mv, vector: Float[Array, " n"]):
         sol = linear_solver.solve(
             mv, vector, tolerance=tolerance, batching=problem.batching
         )
+        residual = sol.stats["residual"]
         floor = _ROUNDING_UNITS * rounding(vector) * max_norm(sol.value)
-        at_floor = (sol.result == RESULTS.stagnation) & (
-            sol.stats["residual"] <= floor.astype(sol.stats["residual"].dtype)
-        )
-        is_usable = (sol.result == RESULTS.successful) | at_floor
+        is_at_floor = residual <= floor.astype(residual.dtype)
+        is_usable = (sol.result == RESULTS.stagnation) & is_at_floor
+        is_usable = is_usable | (sol.result == RESULTS.successful)
         return _checked(sol.value, sol.result, is_usable, problem.throw)
 
-    out = lax.custom_linear_solve(mv, ravel(rhs), solve, transpose_solve=solve)
-    return unravel(out)
+    return solve
 
 
-def _solve_lineax(
-    linear_solver: lx.AbstractLinearSolver,
-    product: Callable,
-    rhs: PyTree[Array],
-    problem: Problem,
-) -> PyTree[Array]:
+def _lineax(
+    linear_solver: lx.AbstractLinearSolver, tags: frozenset[object], throw: bool
+) -> Callable:
+    """Solve by `lineax.linear_solve`, whose own derivative rules are not used."""
+
+    def solve(mv, vector: Float[Array, " n"]):
+        operator = lx.FunctionLinearOperator(mv, struct(vector), tags)
+        sol = lx.linear_solve(operator, vector, linear_solver, throw=False)
+        is_usable = sol.result == lx.RESULTS.successful
+        return _checked(sol.value, RESULTS.promote(sol.result), is_usable, throw)
+
+    return solve
+
+
+def _check_lineax(
+    linear_solver: lx.AbstractLinearSolver, rhs: PyTree[Array], problem: Problem
+):
     name = type(linear_solver).__name__
-    ours = "take `equilax.FixedPointLinearSolver` for the adjoint instead."
+    instead = "take `equilax.FixedPointLinearSolver` for the adjoint instead."
     if any_varying(rhs, problem):
         raise ValueError(
             f"`linear_solver={name}` runs through `lineax.linear_solve`, which does "
-            f"not work inside `jax.shard_map` (Lineax 0.1.1): {ours}"
+            f"not work inside `jax.shard_map` (Lineax 0.1.1): {instead}"
         )
     half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
     if half:
-        raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {ours}")
+        raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {instead}")
 
-    def mv(t):
-        return jtu.tree_map(jnp.subtract, t, product(t))
 
-    operator = lx.FunctionLinearOperator(mv, struct(rhs), problem.tags)
-    sol = lx.linear_solve(operator, rhs, linear_solver, throw=False)
-    is_usable = sol.result == lx.RESULTS.successful
-    return _checked(sol.value, RESULTS.promote(sol.result), is_usable, problem.throw)
+def _real_tags(rhs: PyTree[Array], tags: frozenset[object]) -> frozenset[object]:
+    """The tags that also hold of the system in real and imaginary parts."""
+    definite = {lx.positive_semidefinite_tag, lx.negative_semidefinite_tag}
+    is_complex = [jnp.iscomplexobj(x) for x in jtu.tree_leaves(rhs)]
+    return tags & definite if any(is_complex) else tags
 
 
 def solve_linear_system(
@@ -136,7 +139,23 @@ def solve_linear_system(
     Linear in `rhs`, and transposed by JAX for reverse mode. `fn` is linearised once.
     """
     _, product = jax.linearize(lambda y: problem.fn(y, problem.args), y)
+    ravel, unravel = _raveller(rhs)
+
+    def mv(t):
+        return t - ravel(product(unravel(t)))
+
     if isinstance(linear_solver, AbstractMatrixFreeSolver):
-        tolerance = _tolerance(problem, lax.stop_gradient(y))
-        return _solve_matrix_free(linear_solver, product, rhs, problem, tolerance)
-    return _solve_lineax(linear_solver, product, rhs, problem)
+        solve = _matrix_free(linear_solver, problem, lax.stop_gradient(y))
+        transpose_solve = solve
+    else:
+        _check_lineax(linear_solver, rhs, problem)
+        tags = _real_tags(rhs, problem.tags)
+        solve = _lineax(linear_solver, tags, problem.throw)
+        transposed = lx.transpose_tags(tags)
+        transpose_solve = _lineax(linear_solver, transposed, problem.throw)
+    # Linear in its right-hand side whatever happens in `solve`, for which reason the
+    # check of the outcome is in there.
+    out = lax.custom_linear_solve(
+        mv, ravel(rhs), solve, transpose_solve=transpose_solve
+    )
+    return unravel(out)

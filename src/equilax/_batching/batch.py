@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Int, PyTree
+from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from .._custom_types import IntScalar
 from .._misc import any_varying
@@ -100,11 +100,11 @@ def _either(a, b) -> tuple[bool, ...]:
     return tuple(x or y for x, y in zip(a, b, strict=True))
 
 
-def _take(tree: PyTree[Array], order: Int[Array, " size"]) -> PyTree[Array]:
+def _take(tree: PyTree[ArrayLike], order: Int[Array, " size"]) -> PyTree[Array]:
     return jtu.tree_map(lambda x: x[order], tree)
 
 
-def _put(into: PyTree[Array], order: Int[Array, " size"], tree: PyTree[Array]):
+def _put(into: Carry, order: Int[Array, " size"], tree: Carry):
     return jtu.tree_map(lambda x, y: x.at[order].set(y), into, tree)
 
 

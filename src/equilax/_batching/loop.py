@@ -6,13 +6,13 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import BoolScalar, IntScalar
 from .._misc import any_varying, vary_over, varying
 
 
-Carry = PyTree[Array]
+Carry = PyTree[ArrayLike]
 Inputs = PyTree[Array]
 
 

@@ -177,12 +177,12 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         gram, m = state.gram, self.history_length
         products = _products(state.d_residuals, residual, gram.dtype)
         lengths = jnp.diagonal(gram)
-        is_used = (jnp.arange(m) < at.num_steps) & (lengths > 0)
+        is_used = (jnp.arange(m, dtype=jnp.int32) < at.num_steps) & (lengths > 0)
         scale = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, lengths, 1)), 0)
-        cosines = gram * scale[:, None] * scale[None, :]
-        unit = jnp.eye(m, dtype=gram.dtype)
+        cosines = gram * jnp.outer(scale, scale)
+        # A row that is not used has a scale of zero, and one on the diagonal.
         diagonal = jnp.where(is_used, jnp.asarray(self.ridge, gram.dtype), 1)
-        cosines = jnp.where(is_used & is_used[:, None], cosines, 0) + unit * diagonal
+        cosines = cosines + jnp.diag(diagonal)
         floor = jnp.array(10 * jnp.finfo(gram.dtype).eps, gram.dtype)
         return scale * spd_solve(cosines, scale * products, floor)
 

@@ -12,7 +12,7 @@ from .base import AbstractFixedPointSolver
 
 class _TracedState(eqx.Module):
     solver_state: PyTree[Any]
-    trace: Float[Array, " max_steps+1"]
+    trace: Float[Array, " num"]
 
 
 class Traced(AbstractFixedPointSolver[Y, _TracedState]):

@@ -1,0 +1,98 @@
+"""The equilibrium classifier, its loss, its gradient and its optimiser."""
+
+from typing import Any
+
+import equilax as eqlx
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import optax
+from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+
+
+TOLERANCE = 1e-5
+# Below one the cell contracts: each image has one equilibrium, and each solve finds it.
+LARGEST_NORM = 0.95
+LEARNING_RATE = 1e-2
+WEIGHT_DECAY = 0.1
+
+
+class Classifier(eqx.Module):
+    layer: eqlx.nn.FixedPointLayer
+    readout: eqx.nn.Linear
+
+    def __init__(self, features: int, *, key: PRNGKeyArray):
+        cell_key, readout_key = jr.split(key)
+        self.layer = eqlx.nn.FixedPointLayer(
+            eqlx.nn.AffineCell(64, features, key=cell_key),
+            eqlx.Anderson(rtol=TOLERANCE, atol=TOLERANCE),
+            # Contracting, all images take alike many steps. One loop over the batch
+            # compiles faster than the default, which suits those that do not.
+            batching=eqlx.Lockstep(),
+            max_steps=64,
+        )
+        self.readout = eqx.nn.Linear(features, 10, key=readout_key)
+
+    def __call__(
+        self, image: Float[Array, "64"]
+    ) -> tuple[Float[Array, "10"], eqlx.Solution]:
+        sol = self.layer.solve(image)
+        return self.readout(sol.value), sol
+
+
+def cross_entropy(logits: Float[Array, "10"], label: Int[Array, ""]) -> Scalar:
+    return optax.softmax_cross_entropy_with_integer_labels(logits, label)
+
+
+def _loss(
+    model_and_images: tuple[Classifier, Float[Array, "batch 64"]],
+    labels: Int[Array, " batch"],
+) -> tuple[Scalar, dict[str, Array]]:
+    model, images = model_and_images
+    logits, sol = jax.vmap(model)(images)
+    aux = {
+        "is_correct": jnp.argmax(logits, axis=-1) == labels,
+        "forward_steps": sol.stats["num_steps"],
+        "is_forward_solved": sol.result == eqlx.RESULTS.successful,
+    }
+    return jnp.mean(jax.vmap(cross_entropy)(logits, labels)), aux
+
+
+@eqx.filter_jit
+def gradients(
+    model: Classifier, images: Float[Array, "batch 64"], labels: Int[Array, " batch"]
+) -> tuple[Classifier, dict[str, Array]]:
+    """**Returns:**
+
+    The gradient of the loss, and what happened on the way.
+    """
+    value_and_grad = eqx.filter_value_and_grad(_loss, has_aux=True)
+    (loss, aux), (grads, ct_images) = value_and_grad((model, images), labels)
+    # A backward solve that fails makes the derivative of its own sample not-a-number,
+    # and so the derivative with respect to the images tells which ones failed.
+    is_backward_solved = jnp.all(jnp.isfinite(ct_images), axis=-1)
+    return grads, {**aux, "loss": loss, "is_backward_solved": is_backward_solved}
+
+
+def make_optimiser(num_steps: int) -> optax.GradientTransformation:
+    """AdamW, which leaves out the batches in which a backward solve failed."""
+    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
+    optimiser = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
+    return optax.apply_if_finite(optimiser, max_consecutive_errors=10)
+
+
+@eqx.filter_jit
+def update(
+    model: Classifier,
+    opt_state: PyTree[Any],
+    grads: Classifier,
+    optimiser: optax.GradientTransformation,
+) -> tuple[Classifier, PyTree[Any]]:
+    """A step of the optimiser, then back to where the cell contracts."""
+    params = eqx.filter(model, eqx.is_inexact_array)
+    updates, opt_state = optimiser.update(grads, opt_state, params)
+    model = eqx.apply_updates(model, updates)
+    where = lambda m: m.layer.cell.weight
+    shrink = jnp.minimum(1, LARGEST_NORM / jnp.linalg.norm(where(model), ord=2))
+    return eqx.tree_at(where, model, shrink * where(model)), opt_state
