@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import equilax as eqlx
 import equinox as eqx
 import jax
@@ -79,7 +81,7 @@ def relative_error(got, expected):
 class Counted(eqx.Module):
     """Counts in `traces` how often Python runs `fn`."""
 
-    fn: object
+    fn: Callable
     traces: list = eqx.field(static=True, default_factory=list)
 
     def __call__(self, *args):
@@ -89,3 +91,8 @@ class Counted(eqx.Module):
 
 def is_successful(sol):
     return sol.result == eqlx.RESULTS.successful
+
+
+def optimised_hlo(fn, *args) -> str:
+    """The program that runs, as text."""
+    return str(jax.jit(fn).lower(*args).compile().as_text())

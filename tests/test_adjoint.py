@@ -12,6 +12,7 @@ from .helpers import (
     Counted,
     dense_sensitivity,
     newton,
+    optimised_hlo,
     relative_error,
     solver_list,
     tanh_cell,
@@ -36,7 +37,7 @@ _precisions = {
 }
 exact = pytest.mark.parametrize("name", list(_exact(1e-3)))
 precisions = pytest.mark.parametrize(
-    ("dtype", "tol", "bound"), _precisions.values(), ids=_precisions.keys()
+    ("dtype", "tol", "bound"), _precisions.values(), ids=list(_precisions)
 )
 
 
@@ -374,7 +375,7 @@ def test_a_singular_adjoint_is_never_silent(name):
 
     assert jnp.allclose(solve(1.0, False), 2.0)
     assert not jnp.isfinite(jax.grad(solve)(1.0, False))
-    with pytest.raises(Exception, match="max_steps|residual|non-finite|nonfinite"):
+    with pytest.raises(Exception, match="linear solve of a derivative failed"):
         jax.block_until_ready(jax.grad(solve)(1.0, True))
 
 
@@ -406,7 +407,7 @@ def test_the_map_is_linearised_once_outside_the_backward_loop(getkey):
         fn = lambda y, p: jnp.tanh(p[0] @ y + p[1])
         return eqlx.fixed_point(fn, solver, jnp.zeros(5), args, throw=False).value.sum()
 
-    text = jax.jit(jax.grad(loss)).lower(args).compile().as_text()
+    text = optimised_hlo(jax.grad(loss), args)
     # One in the forward loop and at most two at the solution: none in the adjoint's.
     assert 1 <= text.count(" tanh(") <= 3
 
@@ -430,7 +431,9 @@ def test_memory_does_not_depend_on_the_steps(getkey):
             ).value.sum()
 
         compiled = jax.jit(jax.grad(loss)).lower(w).compile()
-        return compiled.memory_analysis().temp_size_in_bytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes
 
     implicit = [temporary(k, eqlx.ImplicitAdjoint()) for k in (10, 1000)]
     assert implicit[0] == implicit[1]

@@ -52,7 +52,7 @@ _solvers = {
 }
 
 
-@pytest.fixture(params=_solvers.values(), ids=_solvers.keys())
+@pytest.fixture(params=_solvers.values(), ids=list(_solvers))
 def told_again(request):
     solver, linear_solver, tolerance = request.param
     with jax.threefry_partitionable(False):

@@ -1,5 +1,7 @@
 """Each way a solve can end is said, per sample, at the step where it happens."""
 
+from typing import Any
+
 import equilax as eqlx
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import pytest
 from .helpers import is_successful
 
 
-def _solve(fn, y0, *, rtol=1e-6, atol=1e-6, solver=eqlx.FixedPointIteration, **kwargs):
+def _solve(
+    fn, y0, *, rtol=1e-6, atol=1e-6, solver: Any = eqlx.FixedPointIteration, **kwargs
+):
     return eqlx.fixed_point(fn, solver(rtol, atol), y0, throw=False, **kwargs)
 
 

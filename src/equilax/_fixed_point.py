@@ -4,11 +4,11 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-import numpy as np
 from jaxtyping import PyTree
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
 from ._batching import AbstractBatching, Staged
+from ._check import check_callable, check_instance, check_integer
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._misc import any_varying, hoist, Hoisted, vary_over, varying
 from ._solution import RESULTS, Solution
@@ -50,28 +50,12 @@ def _as_state(y0: PyTree[Any]) -> PyTree[Any]:
 
 
 def _check_call(fn, solver, max_steps, adjoint, batching, throw):
-    if not callable(fn):
-        raise TypeError(f"`fn` must be callable, as `fn(y, args)`; got {fn!r}.")
-    expected = (
-        ("solver", solver, AbstractFixedPointSolver),
-        ("adjoint", adjoint, AbstractAdjoint),
-        ("batching", batching, AbstractBatching),
-        ("throw", throw, bool),
-    )
-    for name, value, kind in expected:
-        if not isinstance(value, kind):
-            hint = " Did you pass the class?" if isinstance(value, type) else ""
-            raise TypeError(
-                f"`{name}` must be an instance of `{kind.__name__}`; got {value!r}."
-                f"{hint}"
-            )
-    is_int = isinstance(max_steps, (int, np.integer)) and not isinstance(
-        max_steps, bool
-    )
-    if not is_int or max_steps < 1:
-        raise ValueError(
-            f"`max_steps` must be an integer of at least 1; got {max_steps!r}."
-        )
+    check_callable("fn", fn, "fn(y, args)")
+    check_instance("solver", solver, AbstractFixedPointSolver)
+    check_instance("adjoint", adjoint, AbstractAdjoint)
+    check_instance("batching", batching, AbstractBatching)
+    check_instance("throw", throw, bool)
+    check_integer("max_steps", max_steps, 1)
 
 
 def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
@@ -124,6 +108,19 @@ def _hoist(fn, y0, args, has_aux: bool) -> tuple[Hoisted, PyTree[Any]]:
         if all(varying(x) == varying(n) for x, n in zip(leaves, new, strict=True)):
             return hoisted, y0
         y0 = jtu.tree_unflatten(treedef, new)
+
+
+def _check_axis_names(hoisted: Hoisted, batching: AbstractBatching):
+    """Refuse collectives over a vmapped axis, which a batch of our own has not."""
+    # These are effects of a trace, each with the `name` of its axis.
+    names = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects}
+    names -= {None, *jax.sharding.get_abstract_mesh().manual_axes}
+    if names and not batching.serves_axis_names:
+        raise ValueError(
+            f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
+            f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
+            "`batching=equilax.Vmapped()`."
+        )
 
 
 def _raise_on_failure(sol: Solution) -> Solution:
@@ -190,6 +187,7 @@ def fixed_point(
     _check_call(fn, solver, max_steps, adjoint, batching, throw)
     max_steps = int(max_steps)
     hoisted, state0 = _hoist(fn, _as_state(y0), args, has_aux)
+    _check_axis_names(hoisted, batching)
 
     def solve(problem, run):
         return iterate(

@@ -42,7 +42,7 @@ def vary_over(x: ArrayLike, axes: frozenset[str]) -> Array:
     """Declare `x` to vary over `axes`, those over which it varies already included."""
     # Casting an axis a second time is an error, hence the difference.
     missing = tuple(sorted(axes - varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else x
+    return lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
 
 
 def any_varying(*trees: PyTree[Any]) -> frozenset[str]:

@@ -15,10 +15,14 @@ from .._misc import any_varying, struct
 from .._norm import max_norm
 from .._solution import RESULTS
 from .base import Problem
+from .outcome import checked
 
 
-# An adjoint that stopped at the level of rounding is as good as its dtype allows.
+# An adjoint that stopped at the level of rounding of its solution is as good as its
+# dtype allows, provided that the residual is also small beside the right-hand side.
+# Without that a singular system would pass, whose solution grows until this is so.
 _ROUNDING_UNITS = 64
+_STOPPED_SHORT = 1e-3
 
 
 def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
@@ -63,15 +67,6 @@ def _tolerance(problem: Problem, y: PyTree[Array]) -> Array:
     return lax.stop_gradient(jnp.maximum(jnp.minimum(relative, 1e-3), smallest))
 
 
-def _checked(
-    value: PyTree[Array], result: RESULTS, is_usable: Array, throw: bool
-) -> PyTree[Array]:
-    """A solution that failed raises, or becomes not-a-number: never silently wrong."""
-    if throw:
-        return result.error_if(value, ~is_usable)
-    return jtu.tree_map(lambda x: jnp.where(is_usable, x, jnp.nan), value)
-
-
 def _matrix_free(
     linear_solver: AbstractMatrixFreeSolver, problem: Problem, y: PyTree[Array]
 ) -> Callable:
@@ -83,11 +78,13 @@ def _matrix_free(
             mv, vector, tolerance=tolerance, batching=problem.batching
         )
         residual = sol.stats["residual"]
-        floor = _ROUNDING_UNITS * rounding(vector) * max_norm(sol.value)
+        eps = rounding(vector)
+        size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
+        floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(sol.value), size)
         is_at_floor = residual <= floor.astype(residual.dtype)
         is_usable = (sol.result == RESULTS.stagnation) & is_at_floor
         is_usable = is_usable | (sol.result == RESULTS.successful)
-        return _checked(sol.value, sol.result, is_usable, problem.throw)
+        return checked(sol.value, sol.result, is_usable, problem.throw)
 
     return solve
 
@@ -101,7 +98,7 @@ def _lineax(
         operator = lx.FunctionLinearOperator(mv, struct(vector), tags)
         sol = lx.linear_solve(operator, vector, linear_solver, throw=False)
         is_usable = sol.result == lx.RESULTS.successful
-        return _checked(sol.value, RESULTS.promote(sol.result), is_usable, throw)
+        return checked(sol.value, RESULTS.promote(sol.result), is_usable, throw)
 
     return solve
 

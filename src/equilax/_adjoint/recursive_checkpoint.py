@@ -2,6 +2,7 @@ import equinox as eqx
 import equinox.internal as eqxi
 import jax.numpy as jnp
 
+from .._check import check_integer
 from .._misc import any_varying
 from .base import AbstractAdjoint
 
@@ -22,11 +23,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     checkpoints: int | None = eqx.field(static=True, default=None)
 
     def __check_init__(self):
-        num = self.checkpoints
-        if num is not None and (not isinstance(num, int) or num < 1):
-            raise ValueError(
-                f"`checkpoints` must be an integer of at least 1 or None; got {num!r}."
-            )
+        if self.checkpoints is not None:
+            check_integer("checkpoints", self.checkpoints, 1)
 
     def apply(self, solve, problem):
         if any_varying(problem):

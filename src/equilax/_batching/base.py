@@ -1,12 +1,21 @@
 import abc
 
 import equinox as eqx
+from equinox import AbstractClassVar
 
 from .loop import Carry, Inputs, Loop
 
 
 class AbstractBatching(eqx.Module):
-    """Abstract base class for how a solve runs under `jax.vmap`."""
+    """Abstract base class for how a solve runs under `jax.vmap`.
+
+    **Attributes:**
+
+    - `serves_axis_names`: Whether `fn` may use collectives over the name of an axis
+        that is vmapped.
+    """
+
+    serves_axis_names: AbstractClassVar[bool]
 
     @abc.abstractmethod
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:

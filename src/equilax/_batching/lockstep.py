@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 from .base import AbstractBatching
 from .batch import solve_batch
 from .loop import Carry, Inputs, Loop
@@ -9,6 +11,8 @@ class Lockstep(AbstractBatching):
     Every sample is evaluated until the slowest one has stopped. Compiles to one loop;
     costs as many evaluations of `fn` on the whole batch as the slowest sample needs.
     """
+
+    serves_axis_names: ClassVar[bool] = False
 
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         return solve_batch(loop, inputs, lambda size: (size,))

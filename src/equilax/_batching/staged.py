@@ -1,5 +1,8 @@
+from typing import ClassVar
+
 import equinox as eqx
 
+from .._check import check_integer
 from .base import AbstractBatching
 from .batch import solve_batch
 from .loop import Carry, Inputs, Loop
@@ -18,18 +21,14 @@ class Staged(AbstractBatching):
     all samples are known to take alike many steps and compile time matters.
     """
 
+    serves_axis_names: ClassVar[bool] = False
+
     factor: int = eqx.field(static=True, default=4)
     min_size: int = eqx.field(static=True, default=8)
 
     def __check_init__(self):
-        if not isinstance(self.factor, int) or self.factor < 2:
-            raise ValueError(
-                f"`factor` must be an integer of at least 2; got {self.factor!r}."
-            )
-        if not isinstance(self.min_size, int) or self.min_size < 1:
-            raise ValueError(
-                f"`min_size` must be an integer of at least 1; got {self.min_size!r}."
-            )
+        check_integer("factor", self.factor, 2)
+        check_integer("min_size", self.min_size, 1)
 
     def sizes(self, size: int) -> tuple[int, ...]:
         """The static batch sizes of the chain for a batch of `size` samples."""

@@ -1,3 +1,5 @@
+from typing import ClassVar
+
 from .base import AbstractBatching
 from .loop import Carry, Inputs, Loop
 
@@ -9,6 +11,8 @@ class Vmapped(AbstractBatching):
     once a step. This is for an `fn` with a collective over the vmapped axis name, such
     as `jax.lax.pmean(z, "batch")`, which the other strategies cannot serve.
     """
+
+    serves_axis_names: ClassVar[bool] = True
 
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         return loop.run(inputs)

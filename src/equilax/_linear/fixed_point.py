@@ -1,8 +1,11 @@
+from typing import cast
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._dtype import real
+from .._check import check_instance, check_integer
+from .._dtype import real, rounding
 from .._misc import hoist
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
@@ -38,10 +41,9 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     max_steps: int = eqx.field(static=True, default=512)
 
     def __check_init__(self):
-        if not isinstance(self.max_steps, int) or self.max_steps < 1:
-            raise ValueError(
-                f"`max_steps` must be an integer of at least 1; got {self.max_steps!r}."
-            )
+        check_integer("max_steps", self.max_steps, 1)
+        if self.solver is not None:
+            check_instance("solver", self.solver, AbstractFixedPointSolver)
 
     def solve(self, mv, vector, *, tolerance, batching):
         largest = max_norm(vector)
@@ -70,6 +72,11 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         value, residual, stats = solver.postprocess(
             end.y, end.residual, is_good, end.state
         )
+        # A solution so large that the unit right-hand side is lost beside it has a
+        # residual of rounding errors alone: that of a singular system can be zero.
+        is_lost = 2 * rounding(vector) * max_norm(value) > 1
+        singular = cast(RESULTS, RESULTS.singular)
+        result = RESULTS.where(is_good & is_lost, singular, end.result)
         stats = {
             "num_steps": end.num_steps,
             "num_fn_evals": end.num_fn_evals,
@@ -78,7 +85,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             **stats,
         }
         value = jtu.tree_map(multiply, value)
-        return Solution(value, end.result, None, stats, end.state)
+        return Solution(value, result, None, stats, end.state)
 
 
 FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**

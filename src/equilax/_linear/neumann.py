@@ -4,12 +4,12 @@ import jax.tree_util as jtu
 from jax import lax
 
 from .._batching import while_loop
+from .._check import check_fraction, check_integer
 from .._custom_types import RealScalarLike
 from .._dtype import real
 from .._misc import any_varying, hoist
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
-from .._solver.base import check_fraction
 from .base import AbstractMatrixFreeSolver
 
 
@@ -40,10 +40,7 @@ class Neumann(AbstractMatrixFreeSolver):
     damp: RealScalarLike = 0.0
 
     def __check_init__(self):
-        if not isinstance(self.num_terms, int) or self.num_terms < 0:
-            raise ValueError(
-                f"`num_terms` must be an integer of at least 0; got {self.num_terms!r}."
-            )
+        check_integer("num_terms", self.num_terms, 0)
         check_fraction("damp", self.damp)
 
     def solve(self, mv, vector, *, tolerance, batching):

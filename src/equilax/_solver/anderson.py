@@ -8,11 +8,12 @@ from equilax_kernels import spd_solve
 from jax import lax
 from jaxtyping import Array, Float, PyTree, Scalar
 
+from .._check import check_fraction, check_integer, check_tolerances
 from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, promote, real, residual_dtype
 from .._misc import tree_where
 from .._norm import max_norm
-from .base import AbstractFixedPointSolver, check_fraction, check_tolerances
+from .base import AbstractFixedPointSolver
 from .fixed_point_iteration import damped
 
 
@@ -99,11 +100,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
-        length = self.history_length
-        if not isinstance(length, int) or isinstance(length, bool) or length < 1:
-            raise ValueError(
-                f"`history_length` must be an integer of at least 1; got {length!r}."
-            )
+        check_integer("history_length", self.history_length, 1)
         if isinstance(self.ridge, (int, float)) and not self.ridge >= 0:
             raise ValueError(f"`ridge` must not be negative; got {self.ridge}.")
 

@@ -86,18 +86,3 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
         self, y: Y, residual: Scalar, is_successful: BoolScalar, state: SolverState
     ) -> tuple[Y, Scalar, dict[str, PyTree[Any]]]:
         """Return the value to report, its residual, and extra entries for `stats`."""
-
-
-def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):
-    """Refuse negative or non-numeric tolerances, where they can be read."""
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, (bool, str)) or value is None:
-            raise TypeError(f"`{name}` must be a real number; got {value!r}.")
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"`{name}` must not be negative; got {value}.")
-
-
-def check_fraction(name: str, value: RealScalarLike):
-    """Refuse a damping outside [0, 1), where it can be read."""
-    if isinstance(value, (int, float)) and not 0 <= value < 1:
-        raise ValueError(f"`{name}` must be in [0, 1); got {value}.")

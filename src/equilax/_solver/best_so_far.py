@@ -4,6 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, PyTree, Scalar
 
+from .._check import check_instance
 from .._custom_types import Y
 from .._dtype import residual_dtype
 from .._misc import tree_where
@@ -28,6 +29,14 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
     """
 
     solver: AbstractFixedPointSolver
+
+    def __init__(self, solver: AbstractFixedPointSolver):
+        """**Arguments:**
+
+        - `solver`: The solver to wrap. Its tolerances and norm are those of the whole.
+        """
+        check_instance("solver", solver, AbstractFixedPointSolver)
+        self.solver = solver
 
     @property
     def rtol(self):
@@ -65,9 +74,3 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
             (state.y, state.residual),
         )
         return y, residual, stats
-
-
-BestSoFar.__init__.__doc__ = """**Arguments:**
-
-- `solver`: The solver to wrap. Its tolerances and norm are those of the whole.
-"""

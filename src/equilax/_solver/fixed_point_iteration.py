@@ -3,10 +3,11 @@ from typing import TypeAlias
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
+from .._check import check_fraction, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import real
 from .._norm import max_norm
-from .base import AbstractFixedPointSolver, check_fraction, check_tolerances
+from .base import AbstractFixedPointSolver
 
 
 _State: TypeAlias = None

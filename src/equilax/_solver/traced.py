@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from .._check import check_instance
 from .._custom_types import Y
 from .._dtype import residual_dtype
 from .base import AbstractFixedPointSolver
@@ -27,6 +28,14 @@ class Traced(AbstractFixedPointSolver[Y, _TracedState]):
     """
 
     solver: AbstractFixedPointSolver
+
+    def __init__(self, solver: AbstractFixedPointSolver):
+        """**Arguments:**
+
+        - `solver`: The solver to wrap. Its tolerances and norm are those of the whole.
+        """
+        check_instance("solver", solver, AbstractFixedPointSolver)
+        self.solver = solver
 
     @property
     def rtol(self):
@@ -57,9 +66,3 @@ class Traced(AbstractFixedPointSolver[Y, _TracedState]):
             y, residual, is_successful, state.solver_state
         )
         return y, residual, {**stats, "trace": state.trace}
-
-
-Traced.__init__.__doc__ = """**Arguments:**
-
-- `solver`: The solver to wrap. Its tolerances and norm are those of the whole.
-"""

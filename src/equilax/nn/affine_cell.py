@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from .._check import check_callable, check_integer
 from .._dtype import promote
 
 
@@ -45,12 +46,8 @@ class AffineCell(eqx.Module):
         - `key`: A PRNG key for the initial parameters. Keyword only argument.
         """
         for name, size in (("in_features", in_features), ("features", features)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(
-                    f"`{name}` must be an integer of at least 1; got {size!r}."
-                )
-        if not callable(activation):
-            raise TypeError(f"`activation` must be callable; got {activation!r}.")
+            check_integer(name, size, 1)
+        check_callable("activation", activation, "activation(z)")
         dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
         w_key, u_key = jr.split(key)
         # A normal matrix of deviation s has a spectral norm of about 2 s sqrt(n).

@@ -10,6 +10,7 @@ from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint import AbstractAdjoint, ImplicitAdjoint
 from .._batching import AbstractBatching, Staged
+from .._check import check_callable, check_instance, check_integer
 from .._fixed_point import fixed_point
 from .._misc import struct
 from .._solution import Solution
@@ -69,18 +70,12 @@ class FixedPointLayer(eqx.Module):
         - `max_steps`: The most steps to take. Keyword only argument.
         - `throw`: Whether a failed solve raises. Keyword only argument.
         """
-        if not callable(cell):
-            raise TypeError(f"`cell` must be callable, as `cell(z, x)`; got {cell!r}.")
-        if not isinstance(solver, AbstractFixedPointSolver):
-            hint = " Did you pass the class?" if isinstance(solver, type) else ""
-            raise TypeError(
-                "`solver` must be an instance of `AbstractFixedPointSolver`; got "
-                f"{solver!r}.{hint}"
-            )
-        if not isinstance(max_steps, int) or max_steps < 1:
-            raise ValueError(
-                f"`max_steps` must be an integer of at least 1; got {max_steps!r}."
-            )
+        check_callable("cell", cell, "cell(z, x)")
+        check_instance("solver", solver, AbstractFixedPointSolver)
+        check_instance("adjoint", adjoint, AbstractAdjoint)
+        check_instance("batching", batching, AbstractBatching)
+        check_instance("throw", throw, bool)
+        check_integer("max_steps", max_steps, 1)
         self.cell = cell
         self.solver = solver
         self.adjoint = adjoint

@@ -1,0 +1,46 @@
+"""Errors for wrong calls: the argument, what came, what was expected."""
+
+from typing import Any
+
+import numpy as np
+
+from ._custom_types import RealScalarLike
+
+
+def check_instance(name: str, value: Any, kind: type):
+    """Refuse what is no instance of `kind`, such as the class in place of one."""
+    if not isinstance(value, kind):
+        hint = " Did you pass the class?" if isinstance(value, type) else ""
+        raise TypeError(
+            f"`{name}` must be an instance of `{kind.__name__}`; got {value!r}.{hint}"
+        )
+
+
+def check_callable(name: str, value: Any, form: str):
+    """Refuse what cannot be called. `form` shows how it will be."""
+    if not callable(value):
+        raise TypeError(f"`{name}` must be callable, as `{form}`; got {value!r}.")
+
+
+def check_integer(name: str, value: Any, least: int):
+    """Refuse what is no integer of at least `least`. A truth value is none."""
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if not is_integer or value < least:
+        raise ValueError(
+            f"`{name}` must be an integer of at least {least}; got {value!r}."
+        )
+
+
+def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):
+    """Refuse tolerances that are negative or no numbers, where they can be read."""
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if isinstance(value, (bool, str)) or value is None:
+            raise TypeError(f"`{name}` must be a real number; got {value!r}.")
+        if isinstance(value, (int, float)) and not value >= 0:
+            raise ValueError(f"`{name}` must not be negative; got {value}.")
+
+
+def check_fraction(name: str, value: RealScalarLike):
+    """Refuse a damping outside [0, 1), where it can be read."""
+    if isinstance(value, (int, float)) and not 0 <= value < 1:
+        raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
