@@ -7,7 +7,7 @@ from .._batching import while_loop
 from .._check import check_fraction, check_integer
 from .._custom_types import RealScalarLike
 from .._dtype import real
-from .._misc import any_varying, hoist
+from .._misc import any_varying, hoist, tree_allfinite
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
@@ -29,9 +29,9 @@ class Neumann(AbstractMatrixFreeSolver):
 
     The relative error falls as $\|d I + (1 - d) J\|^{k+1}$: small for a contraction,
     large close to one. Use it to train fast and roughly; check the gradient against
-    [`equilax.FixedPointLinearSolver`][] before you trust it. Its result is always
-    `successful`: the terms asked for have been summed, and `residual` in `stats` tells
-    what is missing.
+    [`equilax.FixedPointLinearSolver`][] before you trust it. It is
+    `successful` once the terms asked for have been summed to something finite;
+    `residual` in `stats` tells what is missing.
 
     Cost: `num_terms` products with $A$, and one for the residual. Memory: twice `v`.
     """
@@ -73,7 +73,8 @@ class Neumann(AbstractMatrixFreeSolver):
             "max_steps": self.num_terms,
             "residual": lax.stop_gradient(residual),
         }
-        return Solution(u, RESULTS.successful, None, stats, None)
+        result = RESULTS.where(tree_allfinite(u), RESULTS.successful, RESULTS.nonfinite)
+        return Solution(u, result, None, stats, None)
 
 
 Neumann.__init__.__doc__ = """**Arguments:**

@@ -1,0 +1,305 @@
+"""Every public function under every transformation, on every platform's lowering."""
+
+import re
+
+import equilax as eqlx
+import jax
+import jax.numpy as jnp
+import jax.random as jr
+import lineax as lx
+import numpy as np
+import pytest
+from jax import export
+from jax.sharding import AxisType, PartitionSpec as P
+
+from .helpers import (
+    dense_sensitivity,
+    newton,
+    optimised_hlo,
+    relative_error,
+    solver_list,
+    tanh_cell,
+    tanh_problem,
+)
+
+
+_size, _num = 6, 16
+_adjoints = {
+    "implicit": eqlx.ImplicitAdjoint(),
+    "neumann": eqlx.ImplicitAdjoint(eqlx.Neumann(60)),
+}
+solvers = pytest.mark.parametrize("name", list(solver_list(0.0, 0.0)))
+adjoints = pytest.mark.parametrize("adjoint", _adjoints.values(), ids=list(_adjoints))
+meshes = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
+_COLLECTIVES = re.compile(r"all-reduce|all-gather|reduce-scatter|collective|all-to-all")
+
+
+def _batch(getkey, dtype=jnp.float64):
+    w, _ = tanh_problem(getkey(), _size, 0.7, dtype)
+    scale = jnp.linspace(0.01, 2, _num, dtype=dtype)[:, None]
+    return w, scale * jr.normal(getkey(), (_num, _size), dtype)
+
+
+def _solve(w, x, *, name="anderson", adjoint=_adjoints["implicit"], **kwargs):
+    tol = 1e-11 if x.dtype == jnp.float64 else 1e-6
+    return eqlx.fixed_point(
+        tanh_cell,
+        solver_list(0.0, tol)[name],
+        jnp.zeros(_size, x.dtype),
+        (w, x),
+        adjoint=adjoint,
+        throw=False,
+        **kwargs,
+    )
+
+
+def _expected(w, xs):
+    zs = [newton(tanh_cell, jnp.zeros(_size), (w, x)) for x in xs]
+    parts = [
+        dense_sensitivity(tanh_cell, z, (w, x)) for z, x in zip(zs, xs, strict=True)
+    ]
+    grad_w = sum(part[0].sum(0) for part in parts)
+    return np.stack(zs), grad_w, np.stack([part[1].sum(0) for part in parts])
+
+
+def _mesh(axis_type, num=8):
+    return jax.make_mesh((num,), ("b",), axis_types=(axis_type,))
+
+
+def _sharded(mesh, fn, in_specs, out_specs, check_vma=True):
+    return jax.jit(
+        jax.shard_map(
+            fn, mesh=mesh, in_specs=in_specs, out_specs=out_specs, check_vma=check_vma
+        )
+    )
+
+
+def _put(mesh, w, xs):
+    place = lambda x, spec: jax.device_put(x, jax.NamedSharding(mesh, spec))
+    return place(w, P()), place(xs, P("b"))
+
+
+@meshes
+@pytest.mark.parametrize("check_vma", [True, False])
+@solvers
+def test_values_and_steps_in_shard_map(getkey, axis_type, check_vma, name):
+    w, xs = _batch(getkey)
+    mesh = _mesh(axis_type)
+
+    def shard(w, xs):
+        sol = jax.vmap(lambda x: _solve(w, x, name=name))(xs)
+        return sol.value, sol.stats["num_steps"], sol.stats["residual"]
+
+    run = _sharded(mesh, shard, (P(), P("b")), P("b"), check_vma)
+    value, steps, residual = run(*_put(mesh, w, xs))
+    expected, _, _ = _expected(w, xs)
+    assert np.max(np.abs(value - expected)) < 1e-9
+    # A counter that kept the type of a replicated one would be the first device's.
+    true = np.max(np.abs(np.tanh(value @ w.T + xs) - value), axis=1)
+    assert np.allclose(residual, true, atol=1e-15)
+    assert len(set(steps.tolist())) > 2
+
+
+@meshes
+@adjoints
+def test_gradients_in_and_through_shard_map(getkey, axis_type, adjoint):
+    w, xs = _batch(getkey)
+    mesh = _mesh(axis_type)
+    _, grad_w, grad_x = _expected(w, xs)
+
+    def local(w, xs):
+        return jnp.sum(jax.vmap(lambda x: _solve(w, x, adjoint=adjoint).value)(xs))
+
+    # Inside: JAX sums the gradient of what is replicated.
+    inside = _sharded(mesh, jax.grad(local, (0, 1)), (P(), P("b")), (P(), P("b")))
+    # Outside.
+    total = _sharded(
+        mesh, lambda w, xs: jax.lax.psum(local(w, xs), "b"), (P(), P("b")), P()
+    )
+    for grad in (inside, jax.jit(jax.grad(total, (0, 1)))):
+        got_w, got_x = grad(*_put(mesh, w, xs))
+        assert relative_error(got_w, grad_w) < 1e-8
+        assert relative_error(got_x, grad_x) < 1e-8
+
+
+@meshes
+def test_second_order_in_shard_map(axis_type):
+    mesh = _mesh(axis_type)
+
+    def one(a):
+        solver = eqlx.FixedPointIteration(0.0, 1e-12)
+        fn = lambda y, a: a * y + 1
+        return eqlx.fixed_point(fn, solver, jnp.zeros(()), a, throw=False).value
+
+    rates = jnp.linspace(0.1, 0.8, 8)
+    for second in (jax.grad(jax.grad(one)), jax.hessian(one)):
+        run = _sharded(mesh, jax.vmap(second), P("b"), P("b"))
+        got = run(jax.device_put(rates, jax.NamedSharding(mesh, P("b"))))
+        assert np.allclose(got, 2 / (1 - rates) ** 3, rtol=1e-6)
+
+
+@adjoints
+def test_a_tangent_of_what_is_replicated(adjoint):
+    # The Jacobian differs between devices, the right-hand side does not.
+    def local(rates, shift):
+        def one(a):
+            fn = lambda y, p: p[0] * y + p[1]
+            solver = eqlx.Anderson(0.0, 1e-12)
+            return eqlx.fixed_point(
+                fn, solver, jnp.zeros(()), (a, shift), adjoint=adjoint, throw=False
+            ).value
+
+        return jax.vmap(one)(rates)
+
+    mesh, rates = _mesh(AxisType.Explicit), jnp.linspace(0.1, 0.6, 16)
+    forward = lambda a, b: jax.jvp(lambda b: local(a, b), (b,), (jnp.ones(()),))[1]
+    run = _sharded(mesh, forward, (P("b"), P()), P("b"))
+    got = run(jax.device_put(rates, jax.NamedSharding(mesh, P("b"))), jnp.ones(()))
+    assert np.allclose(got, 1 / (1 - rates), rtol=1e-9)
+    backward = jax.grad(lambda b, a: jnp.sum(local(a, b)))
+    run = _sharded(mesh, backward, (P(), P("b")), P())
+    got = run(jnp.ones(()), jax.device_put(rates, jax.NamedSharding(mesh, P("b"))))
+    assert np.allclose(got, np.sum(1 / (1 - rates)), rtol=1e-9)
+
+
+def test_a_single_solve_per_device(getkey):
+    w, xs = _batch(getkey)
+    xs = xs[:8]
+    run = _sharded(
+        _mesh(AxisType.Explicit),
+        lambda w, x: _solve(w, x[0]).value[None],
+        (P(), P("b")),
+        P("b"),
+    )
+    value = run(*_put(_mesh(AxisType.Explicit), w, xs))
+    assert np.max(np.abs(value - _expected(w, xs)[0])) < 1e-9
+
+
+def test_no_collective_stands_inside_a_loop(getkey):
+    w, xs = _batch(getkey)
+    mesh = _mesh(AxisType.Explicit)
+
+    def local(w, xs):
+        return jnp.sum(jax.vmap(lambda x: _solve(w, x).value)(xs))
+
+    run = _sharded(mesh, jax.grad(local, (0, 1)), (P(), P("b")), (P(), P("b")))
+    text = str(run.lower(*_put(mesh, w, xs)).compile().as_text())
+    computations = {}
+    for part in text.split("\n\n"):
+        head = part.strip().split("\n", 1)[0]
+        computations[head.removeprefix("ENTRY ").split(" ", 1)[0]] = part
+    inside = {
+        name
+        for part in computations.values()
+        for name in re.findall(r"(?:body|condition)=(%?[\w.\-]+)", part)
+    }
+    assert len(inside) >= 4
+    while True:
+        called = {
+            name
+            for outer in inside
+            for name in re.findall(
+                r"(?:calls|to_apply)=(%?[\w.\-]+)", computations[outer]
+            )
+        }
+        if called <= inside:
+            break
+        inside |= called
+    assert not any(_COLLECTIVES.search(computations[name]) for name in inside)
+    # The search does find the one outside, which sums the gradient of `w`.
+    assert _COLLECTIVES.search(text)
+
+
+def test_throwing_in_shard_map_is_an_error_that_says_what_to_do(getkey):
+    w, xs = _batch(getkey)
+    mesh = _mesh(AxisType.Explicit)
+
+    def local(w, xs):
+        solver = eqlx.Anderson(0.0, 1e-10)
+        one = lambda x: eqlx.fixed_point(tanh_cell, solver, 0 * x, (w, x)).value
+        return jax.vmap(one)(xs)
+
+    with pytest.raises(ValueError, match="`throw=True`.*`throw=False`"):
+        _sharded(mesh, local, (P(), P("b")), P("b"))(*_put(mesh, w, xs))
+
+
+@pytest.mark.parametrize(
+    ("adjoint", "match"),
+    [
+        (eqlx.RecursiveCheckpointAdjoint(), "`adjoint=RecursiveCheckpointAdjoint"),
+        (
+            eqlx.ImplicitAdjoint(lx.LU()),
+            "`linear_solver=LU`.*equilax.FixedPointLinearSolver",
+        ),
+    ],
+)
+def test_what_does_not_run_in_shard_map_says_what_does(getkey, adjoint, match):
+    w, xs = _batch(getkey)
+    mesh = _mesh(AxisType.Explicit)
+
+    def local(w, xs):
+        return jnp.sum(jax.vmap(lambda x: _solve(w, x, adjoint=adjoint).value)(xs))
+
+    with pytest.raises(ValueError, match=match):
+        _sharded(mesh, jax.grad(local), (P(), P("b")), P())(*_put(mesh, w, xs))
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+@pytest.mark.parametrize("batching", [eqlx.Staged(), eqlx.Lockstep(), eqlx.Vmapped()])
+def test_values_and_gradients_can_be_exported(getkey, platform, batching):
+    w, xs = _batch(getkey, jnp.float32)
+
+    def loss(w, xs):
+        one = lambda x: _solve(w, x, name="traced", batching=batching).value
+        return jnp.sum(jax.vmap(one)(xs))
+
+    run = jax.jit(jax.value_and_grad(loss, (0, 1)))
+    exported = export.export(run, platforms=[platform])(w, xs)
+    again = export.deserialize(exported.serialize())
+    if platform == "cpu":
+        value, (got_w, _) = again.call(w, xs)
+        expected, grad_w, _ = _expected(w, xs)
+        assert np.allclose(value, expected.sum(), rtol=1e-4)
+        assert relative_error(got_w, grad_w) < 1e-4
+
+
+@pytest.mark.parametrize("batch", [False, True])
+def test_no_host_callback_without_throw(getkey, batch):
+    w, xs = _batch(getkey)
+    one = lambda w, x: _solve(w, x).value
+    if batch:
+        loss = lambda w, xs: jnp.sum(jax.vmap(one, in_axes=(None, 0))(w, xs))
+    else:
+        loss = lambda w, xs: jnp.sum(one(w, xs[0]))
+    grad = jax.value_and_grad(loss)
+    text = optimised_hlo(grad, w, xs)
+    assert "custom-call" not in text  # A callback is one.
+
+
+@pytest.mark.parametrize("fn", [eqlx.max_norm, eqlx.rms_norm, eqlx.two_norm])
+def test_norms_in_shard_map(fn):
+    mesh = _mesh(AxisType.Explicit)
+    xs = jax.device_put(jnp.ones((8, 3)), jax.NamedSharding(mesh, P("b")))
+    run = _sharded(mesh, jax.vmap(jax.value_and_grad(fn)), P("b"), P("b"))
+    value, _ = run(xs)
+    assert np.allclose(value, {"two_norm": 3**0.5}.get(fn.__name__, 1.0))
+
+
+def test_a_batch_sharded_array_without_shard_map_is_right(getkey):
+    # Slow, since every device waits for all of them, but not wrong.
+    w, xs = _batch(getkey)
+    mesh = _mesh(AxisType.Auto)
+    run = jax.jit(jax.vmap(lambda w, x: _solve(w, x).value, in_axes=(None, 0)))
+    value = run(*_put(mesh, w, xs))
+    assert np.max(np.abs(value - _expected(w, xs)[0])) < 1e-9
+
+
+def test_checkpoint_and_scan_around_a_solve(getkey):
+    w, xs = _batch(getkey)
+    one = jax.checkpoint(lambda w, x: _solve(w, x).value)
+
+    def loss(w):
+        step = lambda total, x: (total + jnp.sum(one(w, x)), None)
+        return jax.lax.scan(step, jnp.zeros(()), xs)[0]
+
+    assert relative_error(jax.jit(jax.grad(loss))(w), _expected(w, xs)[1]) < 1e-8
