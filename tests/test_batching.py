@@ -226,7 +226,7 @@ def test_three_vmaps_and_axes_other_than_the_first(batching):
     solve = lambda r: _solve_affine(r, batching=batching).value
     run = jax.vmap(jax.vmap(jax.vmap(solve), in_axes=1, out_axes=1), in_axes=2)
     out = jax.jit(run)(rates)
-    assert np.allclose(out, np.moveaxis(1 / (1 - rates), 2, 0), rtol=1e-7)
+    assert np.allclose(out, np.moveaxis(1 / (1 - np.asarray(rates)), 2, 0), rtol=1e-7)
 
 
 @strategies

@@ -133,6 +133,43 @@ def _raise_on_failure(sol: Solution) -> Solution:
 
 
 @eqx.filter_jit
+def _fixed_point(
+    fn, solver, y0, args, has_aux, max_steps, adjoint, batching, throw, tags
+) -> Solution:
+    hoisted, state0 = _hoist(fn, _as_state(y0), args, has_aux)
+    _check_axis_names(hoisted, batching)
+
+    def solve(problem, run):
+        return iterate(
+            problem.fn,
+            problem.solver,
+            problem.y0,
+            problem.args,
+            max_steps=problem.max_steps,
+            run=run,
+        )
+
+    problem = Problem(
+        _First(hoisted), solver, state0, args, batching, tags, max_steps, throw
+    )
+    end = adjoint.apply(solve, problem)
+    is_successful = end.result == RESULTS.successful
+    value, residual, stats = solver.postprocess(
+        end.y, end.residual, is_successful, end.state
+    )
+    # The derivative of `aux` runs through `value` and through `fn` here.
+    aux = hoisted(value, args)[1] if has_aux else None
+    stats = {
+        "num_steps": end.num_steps,
+        "num_fn_evals": end.num_fn_evals + int(has_aux),
+        "max_steps": max_steps,
+        "residual": residual,
+        **stats,
+    }
+    sol = Solution(value, end.result, cast(Aux, aux), stats, end.state)
+    return _raise_on_failure(sol) if throw else sol
+
+
 def fixed_point(
     fn: MaybeAuxFn[Y, Aux],
     solver: AbstractFixedPointSolver,
@@ -185,36 +222,6 @@ def fixed_point(
     `aux`. Memory: that of the solver, and twice `y`.
     """
     _check_call(fn, solver, max_steps, adjoint, batching, throw)
-    max_steps = int(max_steps)
-    hoisted, state0 = _hoist(fn, _as_state(y0), args, has_aux)
-    _check_axis_names(hoisted, batching)
-
-    def solve(problem, run):
-        return iterate(
-            problem.fn,
-            problem.solver,
-            problem.y0,
-            problem.args,
-            max_steps=problem.max_steps,
-            run=run,
-        )
-
-    problem = Problem(
-        _First(hoisted), solver, state0, args, batching, tags, max_steps, throw
+    return _fixed_point(
+        fn, solver, y0, args, has_aux, int(max_steps), adjoint, batching, throw, tags
     )
-    end = adjoint.apply(solve, problem)
-    is_successful = end.result == RESULTS.successful
-    value, residual, stats = solver.postprocess(
-        end.y, end.residual, is_successful, end.state
-    )
-    # The derivative of `aux` runs through `value` and through `fn` here.
-    aux = hoisted(value, args)[1] if has_aux else None
-    stats = {
-        "num_steps": end.num_steps,
-        "num_fn_evals": end.num_fn_evals + int(has_aux),
-        "max_steps": max_steps,
-        "residual": residual,
-        **stats,
-    }
-    sol = Solution(value, end.result, cast(Aux, aux), stats, end.state)
-    return _raise_on_failure(sol) if throw else sol

@@ -107,6 +107,23 @@ def _judge(
     return converged | ~is_finite | gave_up | ran_out, result
 
 
+def _start(solver: AbstractFixedPointSolver, y0: Y, max_steps: int) -> Progress[Y]:
+    inf = jnp.array(jnp.inf, residual_dtype(y0))
+    zero = jnp.zeros((), jnp.int32)
+    return Progress(
+        y=y0,
+        state=solver.init(y0, max_steps=max_steps),
+        result=RESULTS.successful,
+        is_live=jnp.array(True),
+        num_steps=zero,
+        num_fn_evals=zero,
+        residual=inf,
+        first_residual=inf,
+        best_residual=inf,
+        best_step=zero,
+    )
+
+
 def make_loop(static: Any, *, max_steps: int) -> Loop:
     """The loop for one problem; its inputs are the arrays of `(fn, solver, y0, args)`.
 
@@ -117,20 +134,7 @@ def make_loop(static: Any, *, max_steps: int) -> Loop:
 
     def init(inputs) -> Progress:
         _, solver, y0, _ = eqx.combine(inputs, static)
-        inf = jnp.array(jnp.inf, residual_dtype(y0))
-        zero = jnp.zeros((), jnp.int32)
-        return Progress(
-            y=y0,
-            state=solver.init(y0, max_steps=max_steps),
-            result=RESULTS.successful,
-            is_live=jnp.array(True),
-            num_steps=zero,
-            num_fn_evals=zero,
-            residual=inf,
-            first_residual=inf,
-            best_residual=inf,
-            best_step=zero,
-        )
+        return _start(solver, y0, max_steps)
 
     def body(num_steps, now: Progress, inputs) -> Progress:
         fn, solver, _, args = eqx.combine(inputs, static)
