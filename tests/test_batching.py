@@ -20,7 +20,7 @@ from .helpers import (
 
 _strategies = {
     "staged": eqlx.Staged(),
-    "small_stages": eqlx.Staged(factor=2, min_size=1),
+    "small_stages": eqlx.Staged(factor=4, min_size=1),
     "lockstep": eqlx.Lockstep(),
     "vmapped": eqlx.Vmapped(),
 }

@@ -14,7 +14,7 @@ _ORDER = (
     ("equilax_kernels",),
     ("_custom_types", "_dtype"),
     ("_check", "_norm", "_solution"),
-    ("_misc",),
+    ("_misc", "_failure"),
     ("_batching",),
     ("_solver",),
     ("_linear",),

@@ -173,3 +173,35 @@ def test_statuses_are_readable_under_every_transform():
     value = lambda a: (lambda sol: (sol.value, sol))(run(a))
     (_, sol), _ = jax.value_and_grad(value, has_aux=True)(a[1])
     assert sol.result == eqlx.RESULTS.max_steps_reached
+
+
+def test_an_error_tells_how_many_samples_failed_and_how():
+    def solve(c):
+        solver = eqlx.FixedPointIteration(0.0, 1e-6)
+        fn = lambda y, c: c * y + 1
+        return eqlx.fixed_point(fn, solver, jnp.zeros(()), c, max_steps=50).value
+
+    assert jnp.allclose(jax.vmap(solve)(jnp.array([0.5, 0.75])), jnp.array([2.0, 4.0]))
+    with pytest.raises(Exception, match=r"fixed-point solve failed\.\n`divergence`: "):
+        jax.block_until_ready(solve(jnp.array(2.0)))
+    rates = jnp.array([0.5, 2.0, 0.99, jnp.nan, 3.0, 0.1])
+    message = (
+        r"(?s)failed for 4 of 6 samples\.\n`max_steps_reached`: .*\n"
+        r"`divergence`: .*\n`nonfinite`: .*\n`throw=False` returns"
+    )
+    with pytest.raises(Exception, match=message):
+        jax.block_until_ready(jax.vmap(solve)(rates))
+    with pytest.raises(Exception, match=r"failed for 4 of 6 samples\."):
+        jax.block_until_ready(jax.jit(jax.vmap(jax.vmap(solve)))(rates.reshape(2, 3)))
+    # Without a bad sample nothing is raised, and there is a gradient.
+    loss = lambda c: jnp.sum(jax.vmap(solve)(c))
+    grad = jax.jit(jax.grad(loss))(jnp.array([0.5, 0.75]))
+    assert jnp.allclose(grad, jnp.array([4.0, 16.0]), rtol=1e-4)
+
+
+def test_a_result_alone_is_checked_too():
+    fn = lambda y, _: y + 1
+    solver = eqlx.FixedPointIteration(0.0, 1e-6)
+    run = jax.jit(lambda y: eqlx.fixed_point(fn, solver, y).stats["num_steps"])
+    with pytest.raises(Exception, match="max_steps"):
+        jax.block_until_ready(run(jnp.zeros(())))

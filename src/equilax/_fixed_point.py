@@ -1,4 +1,4 @@
-from typing import Any, cast, Generic
+from typing import Any, Generic
 
 import equinox as eqx
 import jax
@@ -10,9 +10,16 @@ from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance, check_integer
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
+from ._failure import Kind, raise_if_failed
 from ._misc import any_varying, hoist, Hoisted, vary_over, varying
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, iterate
+
+
+_KINDS = tuple(
+    Kind(name, RESULTS[getattr(RESULTS, name)])
+    for name in ("max_steps_reached", "stagnation", "divergence", "nonfinite")
+)
 
 
 class _First(eqx.Module, Generic[Y]):
@@ -129,7 +136,14 @@ def _raise_on_failure(sol: Solution) -> Solution:
             "`throw=True` cannot raise from inside `jax.shard_map`: pass `throw=False` "
             "and read `Solution.result`, which holds the outcome of every sample."
         )
-    return sol.result.error_if(sol, sol.result != RESULTS.successful)
+    return raise_if_failed(
+        sol,
+        sol.result,
+        sol.result != RESULTS.successful,
+        subject="The fixed-point solve",
+        kinds=_KINDS,
+        advice="`throw=False` returns the outcome in `Solution.result` instead.",
+    )
 
 
 @eqx.filter_jit
@@ -166,7 +180,7 @@ def _fixed_point(
         "residual": residual,
         **stats,
     }
-    sol = Solution(value, end.result, cast(Aux, aux), stats, end.state)
+    sol = Solution(value, end.result, aux, stats, end.state)
     return _raise_on_failure(sol) if throw else sol
 
 

@@ -1,0 +1,73 @@
+"""Side by side in one process: medians after warm-up, with compilation apart."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import equilax as eqlx
+import jax
+from tqdm import tqdm
+
+
+def describe() -> str:
+    """The device and the versions that belong to a number."""
+    device = jax.devices()[0]
+    return (
+        f"equilax {eqlx.__version__}, jax {jax.__version__}, "
+        f"Python {platform.python_version()}, {len(jax.devices())} x "
+        f"{device.device_kind} ({_processor()})"
+    )
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo") as file:
+            lines = [line for line in file if line.startswith("model name")]
+    except OSError:
+        return platform.processor()
+    return f"{len(lines)} cores of {lines[0].split(':')[1].strip()}"
+
+
+def compare(
+    cases: dict[str, Callable[[], Any]], *, repeats: int, title: str
+) -> dict[str, float]:
+    """The median milliseconds of each case, the cases taking turns."""
+    for run in cases.values():
+        jax.block_until_ready(run())
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in tqdm(range(repeats), desc=title, leave=False):
+        for name, run in cases.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(1e3 * (time.perf_counter() - start))
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def compile_times(
+    cases: dict[str, Callable[[], tuple[Callable, tuple]]], *, repeats: int, title: str
+) -> dict[str, float]:
+    """The median seconds to trace, lower and compile what each case makes anew."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for _ in tqdm(range(repeats), desc=title, leave=False):
+        for name, make in cases.items():
+            fn, args = make()
+            jax.clear_caches()
+            start = time.perf_counter()
+            jax.jit(fn).lower(*args).compile()
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(t) for name, t in times.items()}
+
+
+def table(rows: dict[str, dict[str, float]], unit: str, baseline: str) -> str:
+    """Rows of numbers and how many times smaller than the baseline each is."""
+    names = list(next(iter(rows.values())))
+    width = max(len(row) for row in rows)
+    lines = [" " * width + "".join(f"{name:>26}" for name in names)]
+    for row, values in rows.items():
+        cells = [
+            f"{v:9.2f} {unit} ({values[baseline] / v:6.2f}x)" for v in values.values()
+        ]
+        lines.append(f"{row:<{width}}" + "".join(f"{cell:>26}" for cell in cells))
+    return "\n".join(lines)

@@ -1,0 +1,111 @@
+"""Errors for solves that failed, which speak of the whole batch."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import equinox as eqx
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax.custom_batching import custom_vmap
+from jaxtyping import Array, Bool, PyTree
+
+from ._custom_types import BoolScalar, IntScalar
+from ._solution import RESULTS
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A way to fail: the name of its `RESULTS` item, and what to say of it."""
+
+    name: str
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Messages:
+    """All messages, each made when it is asked for.
+
+    A message is chosen at run time by one integer, in which the lowest bits say which
+    kinds there were, and the others count the solves that failed.
+    """
+
+    subject: str
+    kinds: tuple[Kind, ...]
+    advice: str
+    num_solves: int
+
+    def __len__(self) -> int:
+        return (self.num_solves + 1) << len(self.kinds)
+
+    def __getitem__(self, index: int) -> str:
+        count, bits = divmod(index, 1 << len(self.kinds))
+        found = [kind for i, kind in enumerate(self.kinds) if bits >> i & 1]
+        if self.num_solves == 1:
+            head = f"{self.subject} failed."
+        else:
+            head = f"{self.subject} failed for {count} of {self.num_solves} samples."
+        reasons = [f"`{kind.name}`: {kind.reason}" for kind in found]
+        return "\n".join([head, *reasons, self.advice])
+
+
+def _reporter(messages: _Messages):
+    """A function of what failed, whose `vmap`s add up what the samples say."""
+
+    as_sequence = cast(Sequence[str], messages)
+
+    @custom_vmap
+    def report(count: IntScalar, kinds: Bool[Array, " kinds"]) -> Array:
+        weights = jnp.array([1 << i for i in range(len(messages.kinds))], jnp.int32)
+        bits = jnp.sum(jnp.where(kinds, weights, 0), dtype=jnp.int32)
+        index = (count << len(messages.kinds)) + bits
+        token = jnp.zeros((), jnp.float32)
+        return eqx.branched_error_if(token, count > 0, index, as_sequence)
+
+    @report.def_vmap
+    def _(size, is_batched, count, kinds):
+        if is_batched[0]:
+            count = jnp.sum(count, dtype=count.dtype)
+        else:
+            count = count * size
+        kinds = jnp.any(kinds, axis=0) if is_batched[1] else kinds
+        num = messages.num_solves * size
+        wider = dataclasses.replace(messages, num_solves=num)
+        return _reporter(wider)(count, kinds), False
+
+    return report
+
+
+def raise_if_failed(
+    tree: PyTree[Any],
+    result: RESULTS,
+    is_failed: BoolScalar,
+    *,
+    subject: str,
+    kinds: tuple[Kind, ...],
+    advice: str,
+) -> PyTree[Any]:
+    """Return `tree`, or raise at run time if the solve, or one of its batch, failed.
+
+    The error tells how many solves of the batch failed, and in which ways.
+
+    **Arguments:**
+
+    - `kinds`: The ways to fail. A result that is none of them counts as the last.
+    """
+    flags = [result == getattr(RESULTS, kind.name) for kind in kinds[:-1]]
+    is_other = jnp.logical_not(jnp.any(jnp.stack(flags)))
+    found = jnp.stack([*flags, is_other]) & is_failed
+    report = _reporter(_Messages(subject, kinds, advice, num_solves=1))
+    token = report(is_failed.astype(jnp.int32), found)
+    # What is returned must depend on the check, or the check would be optimised away.
+    # Nothing is ever seen of this but an error, or with `EQX_ON_ERROR=nan` a NaN.
+    is_void = jnp.isnan(token)
+
+    def depend(x):
+        is_inexact = jnp.issubdtype(x.dtype, jnp.inexact)
+        return jnp.where(is_void, jnp.array(math.nan if is_inexact else 0, x.dtype), x)
+
+    dynamic, static = eqx.partition(tree, eqx.is_array)
+    return eqx.combine(jtu.tree_map(depend, dynamic), static)
