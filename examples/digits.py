@@ -9,6 +9,8 @@ is in `digits_model.py`.
 
 import argparse
 import dataclasses
+import shutil
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ from typing import Any
 import checkpoint
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
@@ -95,6 +98,21 @@ def end_epoch(run: Run, held_out: list[np.ndarray], per_epoch: int) -> Run:
     return dataclasses.replace(run, history=history, counts=counts, sums=sums)
 
 
+def progress_bar(total: int, num_done: int) -> tqdm:
+    """It fits a terminal of 80 columns, and writes little to a log."""
+    # Left to itself tqdm shows no bar in a terminal that does not know its size.
+    num_columns, num_rows = shutil.get_terminal_size()
+    return tqdm(
+        total=total,
+        initial=num_done,
+        desc="compiling",
+        ncols=num_columns - 1,
+        nrows=num_rows,
+        mininterval=0.1 if sys.stderr.isatty() else 2,
+        bar_format="{desc} |{bar}| {remaining}",
+    )
+
+
 def train(
     run: Run,
     data: tuple[np.ndarray, ...],
@@ -107,21 +125,26 @@ def train(
     per_epoch = len(labels) // size
     optimiser = make_optimiser(epochs * per_epoch)
     if run.step == 0:
-        run = end_epoch(run, held_out, per_epoch)
-    with tqdm(total=epochs * per_epoch, initial=run.step, unit="step") as bar:
+        # Saved first, so that no checkpoint of an earlier run outlives the start.
+        run = end_epoch(save(run), held_out, per_epoch)
+    if run.step == epochs * per_epoch:
+        return run
+    with progress_bar(epochs * per_epoch, run.step) as bar:
         while run.step < epochs * per_epoch:
             epoch, num_done = divmod(run.step, per_epoch)
-            bar.set_description(f"epoch {epoch + 1}/{epochs}")
+            # Of the held-out images: the layer does not hand out its backward steps.
             back_steps = run.history["backward_steps"][epoch]
             for i, batch in enumerate(batches(images, labels, size, seed, epoch)):
                 if i < num_done:
                     continue
                 run, aux = train_step(run, *batch, optimiser)
-                bar.set_postfix_str(
+                bar.set_description_str(
+                    f"epoch {epoch + 1}/{epochs}, "
                     f"loss {run.sums['loss'] / (i + 1):.3f}, "
-                    f"accuracy {run.sums['accuracy'] / (i + 1):.3f}, "
+                    f"accuracy {run.sums['accuracy'] / (i + 1):.1%}, "
                     f"steps {np.mean(aux['forward_steps']):.1f} forward "
-                    f"{back_steps:.1f} backward"
+                    f"{back_steps:.1f} back",
+                    refresh=False,
                 )
                 bar.update()
                 if save_every and run.step % save_every == 0 and i + 1 < per_epoch:
@@ -181,14 +204,14 @@ def resume(path: Path, run: Run, config: dict[str, Any]) -> Run:
     return run
 
 
-def main() -> None:
+def run_all(args: argparse.Namespace) -> None:
     start = time.monotonic()
-    args = parse_args()
     config = {
         "seed": args.seed,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "features": args.features,
+        "dtype": jnp.zeros(()).dtype.name,
         "tolerance": TOLERANCE,
         "largest_norm": LARGEST_NORM,
         "learning_rate": LEARNING_RATE,
@@ -198,7 +221,10 @@ def main() -> None:
     if args.resume:
         run = resume(path, run, config)
     elif path.exists():
-        print(f"Starting anew, which replaces {path}; --resume would go on from it.")
+        print(
+            f"Starting anew, which replaces {path}; --resume would go on from it.",
+            flush=True,
+        )
     started = start - run.seconds  # As if it had never been interrupted.
 
     def save(run: Run) -> Run:
@@ -207,10 +233,7 @@ def main() -> None:
         return run
 
     data = load_data()
-    try:
-        run = train(run, data, config, save, args.save_every)
-    except KeyboardInterrupt:
-        sys.exit("Interrupted; --resume goes on from the last checkpoint.")
+    run = train(run, data, config, save, args.save_every)
     images, labels, *held_out = data
     batch = (images.reshape(-1, 64)[: args.batch_size], labels[: args.batch_size])
     finish(
@@ -223,6 +246,19 @@ def main() -> None:
         started=started,
         out=args.out,
     )
+
+
+def main() -> None:
+    args = parse_args()
+    try:
+        run_all(args)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted; --resume goes on from the last checkpoint.", file=sys.stderr
+        )
+        sys.exit(128 + signal.SIGINT)  # As a shell reports it.
+    except OSError as error:  # A full disk, a folder that cannot be written to.
+        sys.exit(f"digits.py: error: {error}")
 
 
 if __name__ == "__main__":

@@ -18,9 +18,10 @@ def load_data() -> tuple[np.ndarray, ...]:
     digits: Any = load_digits()
     images = (digits.images / 16).astype(np.float32)
     labels = digits.target.astype(np.int32)
-    train, test, train_labels, test_labels = train_test_split(
+    parts: Any = train_test_split(
         images, labels, train_size=NUM_TRAIN, stratify=labels, random_state=0
     )
+    train, test, train_labels, test_labels = parts
     return train, train_labels, test.reshape(-1, 64), test_labels
 
 

@@ -1,5 +1,6 @@
 """What the digits example measures: solves, spectra, the error of the gradient."""
 
+from collections.abc import Callable
 from typing import Any
 
 import equilax as eqlx
@@ -15,6 +16,7 @@ HISTORY = (
     *("train_loss", "train_accuracy", "loss", "accuracy"),
     *("forward_steps", "backward_steps", "spectral_radius"),
 )
+NUM_LOOKED_AT = 64  # Held-out images of which the spectra and the traces are.
 COUNTS = ("solves", "failed_forward", "failed_backward", "worst_forward")
 
 
@@ -51,7 +53,9 @@ def _assess(
     }
 
 
-assess = eqx.filter_jit(jax.vmap(_assess, in_axes=(None, 0, 0)))
+assess: Callable[[Classifier, Any, Any], dict[str, Array]] = eqx.filter_jit(
+    jax.vmap(_assess, in_axes=(None, 0, 0))
+)
 
 
 def count(counts: dict[str, int], aux: dict[str, Any]) -> dict[str, int]:
@@ -68,9 +72,16 @@ def count(counts: dict[str, int], aux: dict[str, Any]) -> dict[str, int]:
     }
 
 
+def _arrays(model: Classifier) -> list[np.ndarray]:
+    cell: Any = model.layer.cell
+    readout = model.readout
+    arrays = (cell.weight, cell.injection, cell.bias, readout.weight, readout.bias)
+    return [np.asarray(x, np.float64) for x in arrays]
+
+
 def spectral_radius(model: Classifier, z: np.ndarray) -> float:
-    """Of the Jacobian `diag(1 - z^2) W`, the largest over a few equilibria."""
-    weight = np.asarray(model.layer.cell.weight, np.float64)
+    """Of the Jacobian `diag(1 - z^2) W`, the largest over the equilibria `z`."""
+    weight, *_ = _arrays(model)
     jacobians = (1 - z.astype(np.float64) ** 2)[:, :, None] * weight
     return float(np.max(np.abs(np.linalg.eigvals(jacobians))))
 
@@ -82,14 +93,8 @@ def summarise(model: Classifier, aux: dict[str, Any]) -> dict[str, float]:
         "accuracy": float(np.mean(aux["is_correct"])),
         "forward_steps": float(np.mean(aux["forward_steps"])),
         "backward_steps": float(np.mean(aux["backward_steps"])),
-        "spectral_radius": spectral_radius(model, aux["z"][:16]),
+        "spectral_radius": spectral_radius(model, aux["z"][:NUM_LOOKED_AT]),
     }
-
-
-def _arrays(model: Classifier) -> list[np.ndarray]:
-    cell, readout = model.layer.cell, model.readout
-    arrays = (cell.weight, cell.injection, cell.bias, readout.weight, readout.bias)
-    return [np.asarray(x, np.float64) for x in arrays]
 
 
 def dense_gradient(
@@ -130,7 +135,7 @@ def dense_gradient(
 
 def gradient_error(model: Classifier, images: np.ndarray, labels: np.ndarray) -> float:
     """The error of the implicit gradient, all parameters as one vector, 2-norm."""
-    grads, _ = gradients(model, images, labels)
+    grads, _ = gradients(model, jnp.asarray(images), jnp.asarray(labels))
     exact = np.concatenate([x.ravel() for x in dense_gradient(model, images, labels)])
     got = np.concatenate([x.ravel() for x in _arrays(grads)])
     return float(np.linalg.norm(got - exact) / np.linalg.norm(exact))

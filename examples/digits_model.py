@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 
-TOLERANCE = 1e-5
+TOLERANCE = 1e-6
 # Below one the cell contracts: each image has one equilibrium, and each solve finds it.
 LARGEST_NORM = 0.95
 LEARNING_RATE = 1e-2
@@ -86,7 +86,7 @@ def make_optimiser(num_steps: int) -> optax.GradientTransformation:
 def update(
     model: Classifier,
     opt_state: PyTree[Any],
-    grads: Classifier,
+    grads: Any,
     optimiser: optax.GradientTransformation,
 ) -> tuple[Classifier, PyTree[Any]]:
     """A step of the optimiser, then back to where the cell contracts."""

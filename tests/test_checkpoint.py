@@ -256,8 +256,9 @@ def test_a_failure_while_writing_leaves_the_old_file_whole(saved, monkeypatch, n
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint.os, name, fail)
-        with pytest.raises(OSError, match="No space left"):
+        with pytest.raises(OSError, match="No space left") as info:
             checkpoint.save(saved, _tree(offset=1), _CONFIG)
+    assert str(saved) in str(info.value)
     assert _bits(checkpoint.load(saved, _tree(), _CONFIG)) == _bits(_tree())
     # What the failure left is no hindrance.
     checkpoint.save(saved, _tree(offset=1), _CONFIG)

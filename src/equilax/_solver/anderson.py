@@ -165,7 +165,10 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         d_residuals = jtu.tree_map(write, state.d_residuals, d_residual)
         d_images = jtu.tree_map(write, state.d_images, d_image)
         row = _products(d_residuals, d_residual, state.gram.dtype)
-        gram = state.gram.at[slot].set(row).at[:, slot].set(row)
+        # A mask, where indexing would be a scatter, which no compiler fuses.
+        is_slot = jnp.arange(self.history_length, dtype=slot.dtype) == slot
+        gram = jnp.where(is_slot[None, :], row[:, None], state.gram)
+        gram = jnp.where(is_slot[:, None], row[None, :], gram)
         rest = (gram, residual, at.f, at.residual)
         old = (state.gram, state.last_residual, state.last_image, state.last_norm)
         return _AndersonState(d_residuals, d_images, *tree_where(at.is_live, rest, old))
