@@ -1,1 +1,2 @@
+from .max_residual import max_residual as max_residual
 from .spd_solve import spd_solve as spd_solve

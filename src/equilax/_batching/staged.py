@@ -24,7 +24,7 @@ class Staged(AbstractBatching):
     serves_axis_names: ClassVar[bool] = False
 
     factor: int = eqx.field(static=True, default=4)
-    min_size: int = eqx.field(static=True, default=8)
+    min_size: int = eqx.field(static=True, default=4)
 
     def __check_init__(self):
         check_integer("factor", self.factor, 2)

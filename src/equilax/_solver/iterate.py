@@ -6,15 +6,15 @@ from typing import Any, Generic
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import PyTree, Scalar
 
 from .._batching import Loop
-from .._custom_types import Args, BoolScalar, IntScalar, Norm, RealScalarLike, Y
-from .._dtype import at_least_single, real, residual_dtype, rounding
-from .._misc import tree_allfinite, tree_where
+from .._custom_types import Args, BoolScalar, IntScalar, Y
+from .._dtype import residual_dtype, rounding
+from .._misc import tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
+from .judge import judge, Judged
 
 
 # The figures of the docstring of `RESULTS`.
@@ -41,70 +41,35 @@ class Progress(eqx.Module, Generic[Y]):
     best_step: IntScalar
 
 
-def _difference(y: Y, f: Y) -> Y:
-    """`f - y`, in at least single precision."""
-
-    def subtract(a, b):
-        dtype = at_least_single(a.dtype)
-        return b.astype(dtype) - a.astype(dtype)
-
-    return jtu.tree_map(subtract, y, f)
-
-
-def scaled_norm(
-    y: Y, f: Y, *, rtol: RealScalarLike, atol: RealScalarLike, norm: Norm
-) -> tuple[Scalar, Scalar]:
-    """The norm of `f - y`, plain and in units of the tolerance at `y`.
-
-    Elementwise the unit is `atol + rtol * |y|`. Where an element doesn't move at all
-    the scaled difference is zero, whatever the unit: zero is converged even at
-    `atol=0`.
-    """
-    difference = _difference(y, f)
-
-    def scale(d, a):
-        dtype = real(d.dtype)
-        size = jnp.abs(a).astype(dtype)
-        unit = jnp.asarray(atol, dtype) + jnp.asarray(rtol, dtype) * size
-        return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
-
-    dtype = residual_dtype(y)
-    scaled = norm(jtu.tree_map(scale, difference, y))
-    return norm(difference).astype(dtype), scaled.astype(dtype)
-
-
 def _is_budget(solver: AbstractFixedPointSolver) -> BoolScalar:
     """Both tolerances zero: the steps are a number to be taken, not a limit."""
     return (jnp.asarray(solver.rtol) == 0) & (jnp.asarray(solver.atol) == 0)
 
 
-def _judge(
+def _verdict(
     solver: AbstractFixedPointSolver,
-    at_y: Y,
-    scaled: Scalar,
+    y: Y,
+    judged: Judged,
     now: Progress[Y],
-    is_finite: BoolScalar,
     max_steps: int,
 ) -> tuple[BoolScalar, RESULTS]:
     """Whether to stop here, and with which result."""
-    num_steps, residual = now.num_steps, now.residual
-    units = _ROUNDING_UNITS * rounding(at_y)
-    floor = units * solver.norm(at_y).astype(residual.dtype)
-    patience = jnp.where(residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
+    floor = _ROUNDING_UNITS * rounding(y) * judged.size
+    patience = jnp.where(now.residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
     is_budget = _is_budget(solver)
-    converged = scaled < 1
-    diverged = residual > _DIVERGED * now.first_residual
-    stagnated = num_steps - now.best_step >= patience
-    ran_out = num_steps >= max_steps
+    converged = judged.scaled < 1
+    diverged = now.residual > _DIVERGED * now.first_residual
+    stagnated = now.num_steps - now.best_step >= patience
+    ran_out = now.num_steps >= max_steps
 
     # Later lines win.
     result = RESULTS.where(is_budget, RESULTS.successful, RESULTS.max_steps_reached)
     result = RESULTS.where(stagnated & ~is_budget, RESULTS.stagnation, result)
     result = RESULTS.where(diverged & ~is_budget, RESULTS.divergence, result)
     result = RESULTS.where(converged, RESULTS.successful, result)
-    result = RESULTS.where(is_finite, result, RESULTS.nonfinite)
+    result = RESULTS.where(judged.is_finite, result, RESULTS.nonfinite)
     gave_up = (diverged | stagnated) & ~is_budget
-    return converged | ~is_finite | gave_up | ran_out, result
+    return converged | ~judged.is_finite | gave_up | ran_out, result
 
 
 def _start(solver: AbstractFixedPointSolver, y0: Y, max_steps: int) -> Progress[Y]:
@@ -141,9 +106,8 @@ def make_loop(static: Any, *, max_steps: int) -> Loop:
         f = fn(now.y, args)
         # The judgement has no derivative, also where the loop is differentiated.
         y, f_seen = jax.lax.stop_gradient((now.y, f))
-        residual, scaled = scaled_norm(
-            y, f_seen, rtol=solver.rtol, atol=solver.atol, norm=solver.norm
-        )
+        judged = judge(solver, y, f_seen)
+        residual = judged.residual
         is_best = residual < now.best_residual
         seen = Progress(
             y=now.y,
@@ -157,9 +121,7 @@ def make_loop(static: Any, *, max_steps: int) -> Loop:
             best_residual=jnp.where(is_best, residual, now.best_residual),
             best_step=jnp.where(is_best, now.num_steps, now.best_step),
         )
-        is_finite = jnp.isfinite(residual) & tree_allfinite(f_seen)
-        stop, result = _judge(solver, y, scaled, seen, is_finite, max_steps)
-
+        stop, result = _verdict(solver, y, judged, seen, max_steps)
         proceed = now.is_live & ~stop
         at = Evaluation(now.y, f, residual, num_steps, now.is_live, proceed)
         new_y, state, num_evals = solver.step(fn, at, args, now.state)
