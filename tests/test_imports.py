@@ -16,6 +16,7 @@ _ORDER = (
     ("_check", "_norm", "_solution"),
     ("_misc", "_failure"),
     ("_batching",),
+    ("_trace",),
     ("_solver",),
     ("_linear",),
     ("_adjoint",),

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, PyTree
 
-from ._custom_types import BoolScalar, IntScalar
+from ._custom_types import IntScalar
 from ._solution import RESULTS
 
 
@@ -80,11 +81,12 @@ def _reporter(messages: _Messages):
 def raise_if_failed(
     tree: PyTree[Any],
     result: RESULTS,
-    is_failed: BoolScalar,
+    is_failed: Bool[Array, "..."],
     *,
     subject: str,
     kinds: tuple[Kind, ...],
     advice: str,
+    is_batch: bool = False,
 ) -> PyTree[Any]:
     """Return `tree`, or raise at run time if the solve, or one of its batch, failed.
 
@@ -93,12 +95,20 @@ def raise_if_failed(
     **Arguments:**
 
     - `kinds`: The ways to fail. A result that is none of them counts as the last.
+    - `is_batch`: Whether `result` and `is_failed` are those of a batch.
     """
-    flags = [result == getattr(RESULTS, kind.name) for kind in kinds[:-1]]
-    is_other = jnp.logical_not(jnp.any(jnp.stack(flags)))
-    found = jnp.stack([*flags, is_other]) & is_failed
     report = _reporter(_Messages(subject, kinds, advice, num_solves=1))
-    token = report(is_failed.astype(jnp.int32), found)
+
+    def check(result, is_failed):
+        flags = [result == getattr(RESULTS, kind.name) for kind in kinds[:-1]]
+        is_other = jnp.logical_not(jnp.any(jnp.stack(flags)))
+        found = jnp.stack([*flags, is_other]) & is_failed
+        return report(is_failed.astype(jnp.int32), found)
+
+    if is_batch:
+        token = jnp.sum(jax.vmap(check)(result, is_failed))
+    else:
+        token = check(result, is_failed)
     # What is returned must depend on the check, or the check would be optimised away.
     # Nothing is ever seen of this but an error, or with `EQX_ON_ERROR=nan` a NaN.
     is_void = jnp.isnan(token)

@@ -1,59 +1,20 @@
-from typing import Any, Generic
-
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
-from jaxtyping import PyTree
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance, check_integer
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._failure import Kind, raise_if_failed
-from ._misc import any_varying, hoist, Hoisted, vary_over, varying
+from ._misc import any_varying, per_sample
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, iterate
+from ._trace import as_state, check_axis_names, check_batch, move, trace, ValueOf
 
 
 _KINDS = tuple(
     Kind(name, RESULTS[getattr(RESULTS, name)])
     for name in ("max_steps_reached", "stagnation", "divergence", "nonfinite")
 )
-
-
-class _First(eqx.Module, Generic[Y]):
-    """The value of a function that returns `(value, aux)`."""
-
-    fn: Hoisted
-
-    def __call__(self, y, args):
-        return self.fn(y, args)[0]
-
-
-def _as_state(y0: PyTree[Any]) -> PyTree[Any]:
-    """`y0` as a tree of strongly typed inexact arrays, or an error that says why."""
-    leaves = jtu.tree_leaves(y0)
-    if not leaves:
-        raise ValueError(
-            f"`y0` must have at least one array; got the empty structure {y0!r}."
-        )
-
-    def convert(x):
-        if not eqx.is_array_like(x):
-            raise TypeError(
-                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
-                f"{x!r} of type {type(x).__name__}."
-            )
-        x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            raise TypeError(
-                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
-                f"of dtype {x.dtype}. Convert it, as in `y0.astype(jnp.float32)`."
-            )
-        return jax.lax.convert_element_type(x, x.dtype)  # No longer weakly typed.
-
-    return jtu.tree_map(convert, y0)
 
 
 def _check_call(fn, solver, max_steps, adjoint, batching, throw):
@@ -65,72 +26,7 @@ def _check_call(fn, solver, max_steps, adjoint, batching, throw):
     check_integer("max_steps", max_steps, 1)
 
 
-def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
-    if not has_aux:
-        return out, None
-    if not (isinstance(out, tuple) and len(out) == 2):
-        raise ValueError(
-            "`fn` must return a pair `(y, aux)` with `has_aux=True`; got an output of "
-            f"type {type(out).__name__}."
-        )
-    return out
-
-
-def _check_output(y0, f):
-    """Compare what `fn` returns with `y0`: structure, then shape and dtype by leaf."""
-    got, expected = jtu.tree_structure(f), jtu.tree_structure(y0)
-    if got != expected:
-        raise ValueError(
-            "`fn` must return the structure of `y0`; got\n"
-            f"  {got}\nexpected\n  {expected}."
-        )
-    for (path, a), b in zip(
-        jtu.tree_leaves_with_path(y0), jtu.tree_leaves(f), strict=True
-    ):
-        b = jnp.asarray(b)
-        if (a.shape, a.dtype) != (b.shape, b.dtype):
-            where = jtu.keystr(path)
-            raise ValueError(
-                "`fn` must return the shapes and dtypes of `y0`; got "
-                f"{b.dtype}{list(b.shape)}, expected {a.dtype}{list(a.shape)}"
-                f"{f' in the leaf at {where}' if where else ''}."
-            )
-
-
-def _hoist(fn, y0, args, has_aux: bool) -> tuple[Hoisted, PyTree[Any]]:
-    """Trace `fn` once, at a `y0` that varies over the mesh axes of its image."""
-
-    def checked(y, args):
-        f, aux = _split(fn(y, args), has_aux)
-        _check_output(y0, f)
-        f = jtu.tree_map(lambda x, like: jnp.asarray(x, like.dtype), f, y)
-        axes.append([varying(x) for x in jtu.tree_leaves(f)])
-        return f, aux
-
-    while True:
-        axes: list[list[frozenset[str]]] = []
-        hoisted = hoist(checked, y0, args)
-        leaves, treedef = jtu.tree_flatten(y0)
-        new = [vary_over(x, a) for x, a in zip(leaves, axes[-1], strict=True)]
-        if all(varying(x) == varying(n) for x, n in zip(leaves, new, strict=True)):
-            return hoisted, y0
-        y0 = jtu.tree_unflatten(treedef, new)
-
-
-def _check_axis_names(hoisted: Hoisted, batching: AbstractBatching):
-    """Refuse collectives over a vmapped axis, which a batch of our own has not."""
-    # These are effects of a trace, each with the `name` of its axis.
-    names = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects}
-    names -= {None, *jax.sharding.get_abstract_mesh().manual_axes}
-    if names and not batching.serves_axis_names:
-        raise ValueError(
-            f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
-            f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
-            "`batching=equilax.Vmapped()`."
-        )
-
-
-def _raise_on_failure(sol: Solution) -> Solution:
+def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
     if any_varying(sol):
         raise ValueError(
             "`throw=True` cannot raise from inside `jax.shard_map`: pass `throw=False` "
@@ -143,15 +39,20 @@ def _raise_on_failure(sol: Solution) -> Solution:
         subject="The fixed-point solve",
         kinds=_KINDS,
         advice="`throw=False` returns the outcome in `Solution.result` instead.",
+        is_batch=is_batch,
     )
 
 
 @eqx.filter_jit
 def _fixed_point(
-    fn, solver, y0, args, has_aux, max_steps, adjoint, batching, throw, tags
+    fn, solver, y0, args, has_aux, max_steps, adjoint, batching, throw, tags, batch_axis
 ) -> Solution:
-    hoisted, state0 = _hoist(fn, _as_state(y0), args, has_aux)
-    _check_axis_names(hoisted, batching)
+    y0 = as_state(y0)
+    check_batch(y0, batch_axis)
+    is_batch = batch_axis is not None
+    each = per_sample(is_batch)
+    hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
+    check_axis_names(hoisted, batching)
 
     def solve(problem, run):
         return iterate(
@@ -160,15 +61,24 @@ def _fixed_point(
             problem.y0,
             problem.args,
             max_steps=problem.max_steps,
+            is_batch=problem.is_batch,
             run=run,
         )
 
     problem = Problem(
-        _First(hoisted), solver, state0, args, batching, tags, max_steps, throw
+        ValueOf(hoisted),
+        solver,
+        state0,
+        args,
+        batching,
+        tags,
+        max_steps,
+        throw,
+        is_batch,
     )
     end = adjoint.apply(solve, problem)
     is_successful = end.result == RESULTS.successful
-    value, residual, stats = solver.postprocess(
+    value, residual, stats = each(solver.postprocess)(
         end.y, end.residual, is_successful, end.state
     )
     # The derivative of `aux` runs through `value` and through `fn` here.
@@ -180,8 +90,9 @@ def _fixed_point(
         "residual": residual,
         **stats,
     }
+    value = move(value, 0, batch_axis)
     sol = Solution(value, end.result, aux, stats, end.state)
-    return _raise_on_failure(sol) if throw else sol
+    return _raise_on_failure(sol, is_batch) if throw else sol
 
 
 def fixed_point(
@@ -196,6 +107,7 @@ def fixed_point(
     batching: AbstractBatching = Staged(),  # noqa: B008
     throw: bool = True,
     tags: frozenset[object] = frozenset(),
+    batch_axis: int | None = None,
 ) -> Solution[Y, Aux]:
     r"""Find a `y` such that `fn(y, args) == y`.
 
@@ -222,6 +134,11 @@ def fixed_point(
         only argument.
     - `tags`: Lineax tags that the Jacobian of `y - fn(y, args)` with respect to `y`
         has, for a Lineax solver of the adjoint. Keyword only argument.
+    - `batch_axis`: The axis of the leaves of `y0` along which they are a batch, for an
+        `fn` that takes the whole of it in one call. Each sample then has its own
+        residual, history, status and step count as under `jax.vmap`, but `fn` is
+        evaluated on all of them until the last has stopped. `None` is a lone problem.
+        Keyword only argument.
 
     **Returns:**
 
@@ -237,5 +154,15 @@ def fixed_point(
     """
     _check_call(fn, solver, max_steps, adjoint, batching, throw)
     return _fixed_point(
-        fn, solver, y0, args, has_aux, int(max_steps), adjoint, batching, throw, tags
+        fn,
+        solver,
+        y0,
+        args,
+        has_aux,
+        int(max_steps),
+        adjoint,
+        batching,
+        throw,
+        tags,
+        batch_axis,
     )

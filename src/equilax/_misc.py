@@ -24,6 +24,11 @@ def tree_allfinite(tree: PyTree[Array]) -> BoolScalar:
     return jtu.tree_reduce(jnp.logical_and, finite, jnp.array(True))
 
 
+def per_sample(is_batch: bool) -> Callable[[Callable], Callable]:
+    """How a function of one sample is called on what may be a batch of them."""
+    return jax.vmap if is_batch else lambda fn: fn
+
+
 def struct(tree: PyTree[Any]) -> PyTree[Any]:
     """Shapes and dtypes alone: what two trees are compared by.
 

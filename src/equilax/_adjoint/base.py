@@ -20,6 +20,7 @@ class Problem(eqx.Module):
     - `tags`: Lineax tags of the Jacobian of `y - fn(y, args)` with respect to `y`.
     - `max_steps`: The most steps to take.
     - `throw`: Whether a failed adjoint solve raises.
+    - `is_batch`: Whether `y0` is a batch, along the first axis, that `fn` takes as one.
     """
 
     fn: Callable[..., Any]
@@ -30,6 +31,7 @@ class Problem(eqx.Module):
     tags: frozenset[object] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    is_batch: bool = eqx.field(static=True)
 
 
 class AbstractAdjoint(eqx.Module):

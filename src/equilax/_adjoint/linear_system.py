@@ -1,5 +1,6 @@
 """Solve the linear system of a derivative: the one place that knows by which road."""
 
+import functools as ft
 from collections.abc import Callable
 
 import jax
@@ -11,9 +12,10 @@ from jaxtyping import Array, Float, PyTree
 
 from .._dtype import promote, real, rounding
 from .._linear import AbstractMatrixFreeSolver
-from .._misc import any_varying, struct, vary_over
+from .._misc import any_varying, per_sample, struct, vary_over
 from .._norm import max_norm
 from .._solution import RESULTS
+from .._solver import AbstractFixedPointSolver
 from .base import Problem
 from .outcome import checked
 
@@ -25,8 +27,8 @@ _ROUNDING_UNITS = 64
 _STOPPED_SHORT = 1e-3
 
 
-def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
-    """Functions from a tree like `tree` to one real vector and back.
+def _raveller(tree: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable, Callable]:
+    """Functions from arrays of the structure `tree` to one real vector and back.
 
     One vector, since the transpose of `lax.custom_linear_solve` fails on a tree of
     which some leaf does not depend on the tangent. Real, since the Jacobian of a
@@ -57,9 +59,9 @@ def _raveller(tree: PyTree[Array]) -> tuple[Callable, Callable]:
     return ravel, unravel
 
 
-def _tolerance(problem: Problem, y: PyTree[Array]) -> Array:
+def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
     """The relative tolerance that the forward solve had at `y`."""
-    solver, size = problem.solver, max_norm(y)
+    size = max_norm(y)
     absolute = jnp.asarray(solver.atol, size.dtype)
     relative = jnp.asarray(solver.rtol, size.dtype)
     relative = relative + absolute / jnp.where(size == 0, 1, size)
@@ -71,20 +73,27 @@ def _matrix_free(
     linear_solver: AbstractMatrixFreeSolver, problem: Problem, y: PyTree[Array]
 ) -> Callable:
     """Solve by products alone, on the road that the forward solve took."""
-    tolerance = _tolerance(problem, y)
+    each = per_sample(problem.is_batch)
+    tolerance = each(ft.partial(_tolerance, problem.solver))(y)
 
-    def solve(mv, vector: Float[Array, " n"]):
-        sol = linear_solver.solve(
-            mv, vector, tolerance=tolerance, batching=problem.batching
-        )
-        residual = sol.stats["residual"]
+    def accept(value, result, residual, vector):
         eps = rounding(vector)
         size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
-        floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(sol.value), size)
+        floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value), size)
         is_at_floor = residual <= floor.astype(residual.dtype)
-        is_usable = (sol.result == RESULTS.stagnation) & is_at_floor
-        is_usable = is_usable | (sol.result == RESULTS.successful)
-        return checked(sol.value, sol.result, is_usable, problem.throw)
+        is_usable = (result == RESULTS.stagnation) & is_at_floor
+        is_usable = is_usable | (result == RESULTS.successful)
+        return checked(value, result, is_usable, problem.throw)
+
+    def solve(mv, vector):
+        sol = linear_solver.solve(
+            mv,
+            vector,
+            tolerance=tolerance,
+            batching=problem.batching,
+            is_batch=problem.is_batch,
+        )
+        return each(accept)(sol.value, sol.result, sol.stats["residual"], vector)
 
     return solve
 
@@ -113,6 +122,11 @@ def _check_lineax(
             f"`linear_solver={name}` runs through `lineax.linear_solve`, which does "
             f"not work inside `jax.shard_map` (Lineax 0.1.1): {instead}"
         )
+    if problem.is_batch:
+        raise ValueError(
+            f"`linear_solver={name}` would solve one system for the whole batch of an "
+            f"`fn` with a `batch_axis`: {instead}"
+        )
     half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
     if half:
         raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {instead}")
@@ -136,7 +150,11 @@ def solve_linear_system(
     Linear in `rhs`, and transposed by JAX for reverse mode. `fn` is linearised once.
     """
     _, product = jax.linearize(lambda y: problem.fn(y, problem.args), y)
-    ravel, unravel = _raveller(rhs)
+    if problem.is_batch:
+        sample = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rhs)
+        ravel, unravel = map(jax.vmap, _raveller(sample))
+    else:
+        ravel, unravel = _raveller(struct(rhs))
 
     def mv(t):
         return t - ravel(product(unravel(t)))

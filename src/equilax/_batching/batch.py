@@ -41,6 +41,10 @@ class _Layout(eqx.Module):
             fn = jax.vmap(fn, in_axes=(_axes(self.has_group),))
         return fn
 
+    def per_sample(self, fn: Callable) -> Callable:
+        """Lift `fn(carry)` likewise."""
+        return self.per_group(jax.vmap(fn))
+
     def per_group(self, fn: Callable) -> Callable:
         return fn if self.num_groups is None else jax.vmap(fn)
 
@@ -141,7 +145,8 @@ def _run_stage(
         return num_steps + 1, step(num_steps, now, leaves)
 
     def too_many(carry):
-        num_live = jnp.sum(loop.is_live(carry[1]), axis=-1, dtype=jnp.int32)
+        is_live = layout.per_sample(loop.is_live)(carry[1])
+        num_live = jnp.sum(is_live, axis=-1, dtype=jnp.int32)
         return jnp.any(num_live > next_size)
 
     return while_loop(too_many, one_pass, start, may_vary=any_varying(leaves))
@@ -170,7 +175,7 @@ def _run_chain(
         else:
             final = layout.per_group(_put)(final, order, carry)
         if next_size:
-            is_done = jnp.logical_not(loop.is_live(carry))
+            is_done = jnp.logical_not(layout.per_sample(loop.is_live)(carry))
             chosen = jnp.argsort(is_done, axis=-1, stable=True)[..., :next_size]
             layout, carry, leaves = layout.gather(carry, leaves, chosen)
             order = chosen if order is None else layout.per_group(_take)(order, chosen)

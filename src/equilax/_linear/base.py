@@ -26,6 +26,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
         *,
         tolerance: Scalar | float,
         batching: AbstractBatching,
+        is_batch: bool = False,
     ) -> Solution:
         """Solve `mv(x) = vector`.
 
@@ -36,6 +37,8 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
         - `tolerance`: The residual to reach, relative to `vector`, for a solver that
             has no tolerance of its own.
         - `batching`: How the solve runs under `jax.vmap`.
+        - `is_batch`: Whether `vector` is a batch, along the first axis, that `mv` takes
+            as one. `tolerance`, the result and the statistics are then a sample's each.
         """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):

@@ -3,10 +3,11 @@ from typing import cast
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jaxtyping import Array, PyTree, Scalar
 
 from .._check import check_instance, check_integer
 from .._dtype import real, rounding
-from .._misc import hoist
+from .._misc import hoist, per_sample
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
 from .._solver import AbstractFixedPointSolver, Anderson, iterate
@@ -16,6 +17,35 @@ from .base import AbstractMatrixFreeSolver
 def _richardson(u, args):
     mv, vector = args
     return jtu.tree_map(lambda a, b, c: b + (a - c), u, vector, mv(u))
+
+
+def _unit(vector: PyTree[Array]) -> Scalar:
+    """The largest element, or one where that cannot be divided by."""
+    largest = max_norm(vector)
+    return jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
+
+
+def _divide(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
+    return jtu.tree_map(
+        lambda x: (x / unit.astype(real(x.dtype))).astype(x.dtype), tree
+    )
+
+
+def _multiply(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
+    return jtu.tree_map(
+        lambda x: (x * unit.astype(real(x.dtype))).astype(x.dtype), tree
+    )
+
+
+def _outcome(result: RESULTS, value: PyTree[Array], vector: PyTree[Array]) -> RESULTS:
+    """Singular, where a solution is so large that `vector` is lost beside it.
+
+    Its residual is then one of rounding errors alone: that of a singular system can be
+    zero.
+    """
+    is_lost = 2 * rounding(vector) * max_norm(value) > max_norm(vector)
+    is_lost = is_lost & (result == RESULTS.successful)
+    return RESULTS.where(is_lost, cast(RESULTS, RESULTS.singular), result)
 
 
 class FixedPointLinearSolver(AbstractMatrixFreeSolver):
@@ -45,38 +75,29 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         if self.solver is not None:
             check_instance("solver", self.solver, AbstractFixedPointSolver)
 
-    def solve(self, mv, vector, *, tolerance, batching):
-        largest = max_norm(vector)
-        is_unit = (largest == 0) | ~jnp.isfinite(largest)
-        unit = jnp.where(is_unit, 1, largest)
-
-        def divide(x):
-            return (x / unit.astype(real(x.dtype))).astype(x.dtype)
-
-        def multiply(x):
-            return (x * unit.astype(real(x.dtype))).astype(x.dtype)
-
-        vector = jtu.tree_map(divide, vector)
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+        each = per_sample(is_batch)
+        unit = each(_unit)(vector)
         solver = self.solver
         if solver is None:
-            solver = Anderson(rtol=0.0, atol=tolerance)
+            # A solver has one tolerance: that of the strictest sample.
+            atol = jnp.min(jnp.asarray(tolerance), initial=1.0)
+            solver = Anderson(rtol=0.0, atol=atol)
+        scaled = each(_divide)(vector, unit)
         end = iterate(
             _richardson,
             solver,
-            vector,  # One step from zero.
-            (hoist(mv, vector), vector),
+            scaled,  # One step from zero.
+            (hoist(mv, scaled), scaled),
             max_steps=self.max_steps,
+            is_batch=is_batch,
             run=batching.solve,
         )
         is_good = end.result == RESULTS.successful
-        value, residual, stats = solver.postprocess(
+        value, residual, stats = each(solver.postprocess)(
             end.y, end.residual, is_good, end.state
         )
-        # A solution so large that the unit right-hand side is lost beside it has a
-        # residual of rounding errors alone: that of a singular system can be zero.
-        is_lost = 2 * rounding(vector) * max_norm(value) > 1
-        singular = cast(RESULTS, RESULTS.singular)
-        result = RESULTS.where(is_good & is_lost, singular, end.result)
+        result = each(_outcome)(end.result, value, scaled)
         stats = {
             "num_steps": end.num_steps,
             "num_fn_evals": end.num_fn_evals,
@@ -84,8 +105,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             "residual": residual * unit.astype(residual.dtype),
             **stats,
         }
-        value = jtu.tree_map(multiply, value)
-        return Solution(value, result, None, stats, end.state)
+        return Solution(each(_multiply)(value, unit), result, None, stats, end.state)
 
 
 FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**

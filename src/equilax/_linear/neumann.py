@@ -2,15 +2,20 @@ import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
+from jaxtyping import Array, PyTree
 
 from .._batching import while_loop
 from .._check import check_fraction, check_integer
 from .._custom_types import RealScalarLike
 from .._dtype import real
-from .._misc import any_varying, hoist, tree_allfinite
+from .._misc import any_varying, hoist, per_sample, tree_allfinite
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
+
+
+def _outcome(u: PyTree[Array]) -> RESULTS:
+    return RESULTS.where(tree_allfinite(u), RESULTS.successful, RESULTS.nonfinite)
 
 
 class Neumann(AbstractMatrixFreeSolver):
@@ -43,8 +48,9 @@ class Neumann(AbstractMatrixFreeSolver):
         check_integer("num_terms", self.num_terms, 0)
         check_fraction("damp", self.damp)
 
-    def solve(self, mv, vector, *, tolerance, batching):
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
         del tolerance, batching
+        each = per_sample(is_batch)
         mv = hoist(mv, vector)
 
         def weigh(x):
@@ -66,15 +72,15 @@ class Neumann(AbstractMatrixFreeSolver):
             may_vary=any_varying(mv, vector),
         )
         # Seldom asked for, and then gone from the compiled program.
-        residual = max_norm(jtu.tree_map(jnp.subtract, vector, mv(u)))
+        residual = each(max_norm)(jtu.tree_map(jnp.subtract, vector, mv(u)))
+        num = jnp.zeros(residual.shape, jnp.int32) + jnp.int32(self.num_terms)
         stats = {
-            "num_steps": jnp.array(self.num_terms, jnp.int32),
-            "num_fn_evals": jnp.array(self.num_terms + 1, jnp.int32),
+            "num_steps": num,
+            "num_fn_evals": num + 1,
             "max_steps": self.num_terms,
             "residual": lax.stop_gradient(residual),
         }
-        result = RESULTS.where(tree_allfinite(u), RESULTS.successful, RESULTS.nonfinite)
-        return Solution(u, result, None, stats, None)
+        return Solution(u, each(_outcome)(u), None, stats, None)
 
 
 Neumann.__init__.__doc__ = """**Arguments:**

@@ -1,5 +1,6 @@
 """The loop that every solver runs in, and the only place that judges an iterate."""
 
+import functools as ft
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -11,7 +12,7 @@ from jaxtyping import PyTree, Scalar
 from .._batching import Loop
 from .._custom_types import Args, BoolScalar, IntScalar, Y
 from .._dtype import residual_dtype, rounding
-from .._misc import tree_where
+from .._misc import per_sample, tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
 from .judge import judge, Judged
@@ -89,66 +90,93 @@ def _start(solver: AbstractFixedPointSolver, y0: Y, max_steps: int) -> Progress[
     )
 
 
-def make_loop(static: Any, *, max_steps: int) -> Loop:
+def _advance(
+    solver: AbstractFixedPointSolver,
+    fn: Callable[[Y, Args], Y],
+    args: Args,
+    num_steps: IntScalar,
+    max_steps: int,
+    now: Progress[Y],
+    f: Y,
+) -> Progress[Y]:
+    """One pass of one problem, at whose iterate `fn` has been evaluated to `f`."""
+    # The judgement has no derivative, also where the loop is differentiated.
+    y, f_seen = jax.lax.stop_gradient((now.y, f))
+    judged = judge(solver, y, f_seen)
+    residual = judged.residual
+    is_best = residual < now.best_residual
+    seen = eqx.tree_at(
+        lambda p: (p.residual, p.first_residual, p.best_residual, p.best_step),
+        now,
+        (
+            residual,
+            jnp.where(num_steps == 0, residual, now.first_residual),
+            jnp.where(is_best, residual, now.best_residual),
+            jnp.where(is_best, now.num_steps, now.best_step),
+        ),
+    )
+    stop, result = _verdict(solver, y, judged, seen, max_steps)
+
+    proceed = now.is_live & ~stop
+    at = Evaluation(now.y, f, residual, num_steps, now.is_live, proceed)
+    new_y, state, num_evals = solver.step(fn, at, args, now.state)
+    new = Progress(
+        y=tree_where(proceed, new_y, now.y),
+        state=state,
+        result=RESULTS.where(stop, result, now.result),
+        is_live=proceed,
+        num_steps=now.num_steps + proceed.astype(jnp.int32),
+        num_fn_evals=now.num_fn_evals + 1 + num_evals * proceed.astype(jnp.int32),
+        residual=residual,
+        first_residual=seen.first_residual,
+        best_residual=seen.best_residual,
+        best_step=seen.best_step,
+    )
+    scalars = lambda p: (
+        p.result,
+        p.num_fn_evals,
+        p.residual,
+        p.first_residual,
+        p.best_residual,
+        p.best_step,
+    )
+    frozen = tree_where(now.is_live, scalars(new), scalars(now))
+    return eqx.tree_at(scalars, new, frozen)
+
+
+def _refuse(solver: AbstractFixedPointSolver) -> Callable:
+    def fn(y, args):
+        raise ValueError(
+            f"`solver={type(solver).__name__}` evaluates `fn` on one sample alone, "
+            "which an `fn` of the whole batch (`batch_axis`) does not allow."
+        )
+
+    return fn
+
+
+def make_loop(static: Any, *, max_steps: int, is_batch: bool) -> Loop:
     """The loop for one problem; its inputs are the arrays of `(fn, solver, y0, args)`.
 
     **Arguments:**
 
     - `static`: What is left of `(fn, solver, y0, args)` without its arrays.
+    - `is_batch`: Whether `y0` is a batch that `fn` takes as one. Each sample is judged
+        and moved by itself all the same.
     """
+    each = per_sample(is_batch)
 
     def init(inputs) -> Progress:
         _, solver, y0, _ = eqx.combine(inputs, static)
-        return _start(solver, y0, max_steps)
+        return each(lambda y0: _start(solver, y0, max_steps))(y0)
 
     def body(num_steps, now: Progress, inputs) -> Progress:
         fn, solver, _, args = eqx.combine(inputs, static)
         f = fn(now.y, args)
-        # The judgement has no derivative, also where the loop is differentiated.
-        y, f_seen = jax.lax.stop_gradient((now.y, f))
-        judged = judge(solver, y, f_seen)
-        residual = judged.residual
-        is_best = residual < now.best_residual
-        seen = Progress(
-            y=now.y,
-            state=now.state,
-            result=now.result,
-            is_live=now.is_live,
-            num_steps=now.num_steps,
-            num_fn_evals=now.num_fn_evals,
-            residual=residual,
-            first_residual=jnp.where(num_steps == 0, residual, now.first_residual),
-            best_residual=jnp.where(is_best, residual, now.best_residual),
-            best_step=jnp.where(is_best, now.num_steps, now.best_step),
-        )
-        stop, result = _verdict(solver, y, judged, seen, max_steps)
-        proceed = now.is_live & ~stop
-        at = Evaluation(now.y, f, residual, num_steps, now.is_live, proceed)
-        new_y, state, num_evals = solver.step(fn, at, args, now.state)
-        new = Progress(
-            y=tree_where(proceed, new_y, now.y),
-            state=state,
-            result=RESULTS.where(stop, result, now.result),
-            is_live=proceed,
-            num_steps=now.num_steps + proceed.astype(jnp.int32),
-            num_fn_evals=now.num_fn_evals + 1 + num_evals * proceed.astype(jnp.int32),
-            residual=residual,
-            first_residual=seen.first_residual,
-            best_residual=seen.best_residual,
-            best_step=seen.best_step,
-        )
-        scalars = lambda p: (
-            p.result,
-            p.num_fn_evals,
-            p.residual,
-            p.first_residual,
-            p.best_residual,
-            p.best_step,
-        )
-        frozen = tree_where(now.is_live, scalars(new), scalars(now))
-        return eqx.tree_at(scalars, new, frozen)
+        inner = _refuse(solver) if is_batch else fn
+        advance = ft.partial(_advance, solver, inner, args, num_steps, max_steps)
+        return each(advance)(now, f)
 
-    return Loop(init, body, lambda now: now.is_live)
+    return Loop(init, body, lambda now: jnp.any(now.is_live))
 
 
 def iterate(
@@ -158,6 +186,7 @@ def iterate(
     args: Args,
     *,
     max_steps: int,
+    is_batch: bool = False,
     run: Callable[[Loop, PyTree[Any]], Progress[Y]],
 ) -> Progress[Y]:
     """Iterate `solver` on `fn` from `y0` until it stops.
@@ -166,8 +195,10 @@ def iterate(
 
     - `fn`: Maps `(y, args)` to a tree like `y`. A pytree, all of whose arrays are
         leaves: see [`equilax._misc.hoist`][].
+    - `is_batch`: Whether `y0` is a batch, along the first axis, that `fn` takes as one.
     - `run`: Runs a [`equilax._batching.Loop`][] on its inputs: the `solve` of a
         batching strategy, or a loop that can be differentiated.
     """
     inputs, static = eqx.partition((fn, solver, y0, args), eqx.is_array)
-    return run(make_loop(static, max_steps=max_steps), inputs)
+    loop = make_loop(static, max_steps=max_steps, is_batch=is_batch)
+    return run(loop, inputs)

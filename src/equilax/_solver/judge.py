@@ -59,11 +59,12 @@ def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
         return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
 
     difference = jtu.tree_map(subtract, y, f)
-    norms = [
+    residual, scaled, size = (
         solver.norm(tree).astype(residual_dtype(y))
         for tree in (difference, jtu.tree_map(scale, difference, y), y)
-    ]
-    return Judged(*norms, jnp.isfinite(norms[0]) & tree_allfinite(f))
+    )
+    is_finite = jnp.isfinite(residual) & tree_allfinite(f)
+    return Judged(residual, scaled, size, is_finite)
 
 
 def judge(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:

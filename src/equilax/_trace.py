@@ -1,0 +1,145 @@
+"""From what a user hands in to a function and a state that a loop can run."""
+
+from typing import Any, Generic
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from ._batching import AbstractBatching
+from ._custom_types import Y
+from ._misc import hoist, Hoisted, vary_over, varying
+
+
+class ValueOf(eqx.Module, Generic[Y]):
+    """The value of a function that returns `(value, aux)`."""
+
+    fn: Hoisted
+
+    def __call__(self, y, args):
+        return self.fn(y, args)[0]
+
+
+def as_state(y0: PyTree[Any]) -> PyTree[Any]:
+    """`y0` as a tree of strongly typed inexact arrays, or an error that says why."""
+    leaves = jtu.tree_leaves(y0)
+    if not leaves:
+        raise ValueError(
+            f"`y0` must have at least one array; got the empty structure {y0!r}."
+        )
+
+    def convert(x):
+        if not eqx.is_array_like(x):
+            raise TypeError(
+                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
+                f"{x!r} of type {type(x).__name__}."
+            )
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise TypeError(
+                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
+                f"of dtype {x.dtype}. Convert it, as in `y0.astype(jnp.float32)`."
+            )
+        return jax.lax.convert_element_type(x, x.dtype)  # No longer weakly typed.
+
+    return jtu.tree_map(convert, y0)
+
+
+def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
+    if not has_aux:
+        return out, None
+    if not (isinstance(out, tuple) and len(out) == 2):
+        raise ValueError(
+            "`fn` must return a pair `(y, aux)` with `has_aux=True`; got an output of "
+            f"type {type(out).__name__}."
+        )
+    return out
+
+
+def _check_output(y0, f):
+    """Compare what `fn` returns with `y0`: structure, then shape and dtype by leaf."""
+    got, expected = jtu.tree_structure(f), jtu.tree_structure(y0)
+    if got != expected:
+        raise ValueError(
+            "`fn` must return the structure of `y0`; got\n"
+            f"  {got}\nexpected\n  {expected}."
+        )
+    for (path, a), b in zip(
+        jtu.tree_leaves_with_path(y0), jtu.tree_leaves(f), strict=True
+    ):
+        b = jnp.asarray(b)
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            where = jtu.keystr(path)
+            raise ValueError(
+                "`fn` must return the shapes and dtypes of `y0`; got "
+                f"{b.dtype}{list(b.shape)}, expected {a.dtype}{list(a.shape)}"
+                f"{f' in the leaf at {where}' if where else ''}."
+            )
+
+
+def check_batch(y0: PyTree[Array], axis: int | None) -> None:
+    """Refuse a `y0` that has no batch along `axis`."""
+    if axis is None:
+        return
+    if not isinstance(axis, int) or isinstance(axis, bool):
+        raise TypeError(f"`batch_axis` must be an integer or `None`; got {axis!r}.")
+    shapes = [x.shape for x in jtu.tree_leaves(y0)]
+    if not all(-len(shape) <= axis < len(shape) for shape in shapes):
+        raise ValueError(
+            f"`batch_axis={axis}` must be an axis of every leaf of `y0`; got leaves of "
+            f"the shapes {shapes}."
+        )
+    if len({shape[axis] for shape in shapes}) > 1:
+        raise ValueError(
+            f"`y0` must have one size along `batch_axis={axis}`; got the shapes "
+            f"{shapes}."
+        )
+
+
+def move(tree: PyTree[Array], source: int | None, target: int | None) -> PyTree[Array]:
+    """Move the batch axis of every leaf. `None` stands for no batch."""
+    if source is None or target is None or source == target:
+        return tree
+    return jtu.tree_map(lambda x: jnp.moveaxis(x, source, target), tree)
+
+
+def trace(
+    fn, y0, args, has_aux: bool, batch_axis: int | None
+) -> tuple[Hoisted, PyTree[Any]]:
+    """Trace `fn` once, at a `y0` that varies over the mesh axes of its image.
+
+    In what is returned the batch, if there is one, is along the first axis.
+    """
+    y0 = move(y0, batch_axis, 0)
+
+    def checked(y, args):
+        y = move(y, 0, batch_axis)
+        f, aux = _split(fn(y, args), has_aux)
+        _check_output(y, f)
+        f = jtu.tree_map(lambda x, like: jnp.asarray(x, like.dtype), f, y)
+        axes.append([varying(x) for x in jtu.tree_leaves(f)])
+        return move(f, batch_axis, 0), aux
+
+    while True:
+        axes: list[list[frozenset[str]]] = []
+        hoisted = hoist(checked, y0, args)
+        leaves, treedef = jtu.tree_flatten(y0)
+        new = [vary_over(x, a) for x, a in zip(leaves, axes[-1], strict=True)]
+        if all(varying(x) == varying(n) for x, n in zip(leaves, new, strict=True)):
+            return hoisted, y0
+        y0 = jtu.tree_unflatten(treedef, new)
+
+
+def check_axis_names(hoisted: Hoisted, batching: AbstractBatching):
+    """Refuse collectives over a vmapped axis, which a batch of our own has not."""
+    # These are effects of a trace, each with the `name` of its axis.
+    names = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects}
+    names -= {None, *jax.sharding.get_abstract_mesh().manual_axes}
+    if names and not batching.serves_axis_names:
+        raise ValueError(
+            f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
+            f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
+            "`batching=equilax.Vmapped()`."
+        )
