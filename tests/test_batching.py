@@ -353,10 +353,16 @@ def test_shared_parameters_are_neither_copied_nor_gathered():
 
 
 def test_the_stages_shrink_to_the_smallest_size():
-    assert eqlx.Staged(4, 8).sizes(256) == (256, 64, 16, 8)
+    assert eqlx.Staged().sizes(256) == (256, 32, 4)
     assert eqlx.Staged(4, 8).sizes(8) == (8,)
-    assert eqlx.Staged(2, 1).sizes(7) == (7, 4, 2, 1)
     assert eqlx.Staged(8, 8).sizes(0) == (0,)
+    for size in (5, 7, 9, 64, 101, 1000, 4096):
+        for factor, least in ((2, 1), (4, 8), (8, 4)):
+            sizes = eqlx.Staged(factor, least).sizes(size)
+            assert sizes[0] == size
+            assert sizes[-1] == min(least, size)
+            for a, b in zip(sizes, sizes[1:], strict=False):
+                assert b < a <= factor * (b + 1)
 
 
 def test_the_cost_of_a_slow_sample_is_its_own():

@@ -5,11 +5,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jax.custom_batching import custom_vmap
 from jaxtyping import Array, ArrayLike, Int, PyTree
 
 from .._custom_types import IntScalar
-from .._misc import any_varying
+from .._misc import any_varying, vary_over
 from .loop import Carry, Inputs, Loop, while_loop
 
 
@@ -164,21 +165,45 @@ def _run_chain(
     def init(leaves):
         return loop.init(jtu.tree_unflatten(treedef, leaves))
 
-    carry = final = layout.lift_init(init)(leaves)
-    num_steps, order = jnp.zeros((), jnp.int32), None
-    for next_size in (*sizes[1:], 0):
+    start = (jnp.zeros((), jnp.int32), layout.lift_init(init)(leaves))
+    first, *rest = (*sizes[1:], 0)
+    num_steps, final = _run_stage(loop, layout, leaves, treedef, start, first)
+    if not rest:
+        return final
+    axes = any_varying(final, leaves)
+
+    def align(carry):
+        return jtu.tree_map(lambda x: vary_over(x, axes), carry)
+
+    def go_on(final):
+        return align(
+            _run_rest(loop, layout, leaves, treedef, sizes[1:], num_steps, final)
+        )
+
+    is_live = layout.per_sample(loop.is_live)(final)
+    return lax.cond(jnp.any(is_live), go_on, align, final)
+
+
+def _run_rest(
+    loop: Loop,
+    layout: _Layout,
+    leaves: list[Array],
+    treedef: Any,
+    sizes: tuple[int, ...],
+    num_steps: IntScalar,
+    final: Carry,
+) -> Carry:
+    """The stages after the first, which left the samples in `final`."""
+    carry, order = final, None
+    for size, next_size in zip(sizes, (*sizes[1:], 0), strict=True):
+        is_done = jnp.logical_not(layout.per_sample(loop.is_live)(carry))
+        chosen = jnp.argsort(is_done, axis=-1, stable=True)[..., :size]
+        layout, carry, leaves = layout.gather(carry, leaves, chosen)
+        order = chosen if order is None else layout.per_group(_take)(order, chosen)
         num_steps, carry = _run_stage(
             loop, layout, leaves, treedef, (num_steps, carry), next_size
         )
-        if order is None:
-            final = carry
-        else:
-            final = layout.per_group(_put)(final, order, carry)
-        if next_size:
-            is_done = jnp.logical_not(layout.per_sample(loop.is_live)(carry))
-            chosen = jnp.argsort(is_done, axis=-1, stable=True)[..., :next_size]
-            layout, carry, leaves = layout.gather(carry, leaves, chosen)
-            order = chosen if order is None else layout.per_group(_take)(order, chosen)
+        final = layout.per_group(_put)(final, order, carry)
     return final
 
 

@@ -12,8 +12,8 @@ class Staged(AbstractBatching):
     """A chain of loops over ever smaller batches: a slow sample holds up no quick one.
 
     Each loop runs until the samples that are still live fit into the next size; these
-    are gathered to the front and go on alone. The sizes are the batch size divided by
-    `factor` again and again, down to `min_size`. All shapes are static, and nothing
+    are gathered to the front and go on alone. The sizes fall evenly from the batch size
+    to `min_size`, by a ratio of at most `factor`. All shapes are static, and nothing
     leaves the device. Only inputs that are batched are gathered: parameters shared by
     the samples stay where they are.
 
@@ -23,7 +23,7 @@ class Staged(AbstractBatching):
 
     serves_axis_names: ClassVar[bool] = False
 
-    factor: int = eqx.field(static=True, default=4)
+    factor: int = eqx.field(static=True, default=8)
     min_size: int = eqx.field(static=True, default=4)
 
     def __check_init__(self):
@@ -32,10 +32,13 @@ class Staged(AbstractBatching):
 
     def sizes(self, size: int) -> tuple[int, ...]:
         """The static batch sizes of the chain for a batch of `size` samples."""
-        sizes = [size]
-        while sizes[-1] > self.min_size:
-            sizes.append(max(-(-sizes[-1] // self.factor), self.min_size))
-        return tuple(sizes)
+        num = 0
+        while self.min_size * self.factor**num < size:
+            num += 1
+        if num == 0:
+            return (size,)
+        ratio = (self.min_size / size) ** (1 / num)
+        return (size, *(round(size * ratio**i) for i in range(1, num + 1)))
 
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         return solve_batch(loop, inputs, self.sizes)
@@ -43,7 +46,7 @@ class Staged(AbstractBatching):
 
 Staged.__init__.__doc__ = """**Arguments:**
 
-- `factor`: By how much a stage is smaller than the one before it. An integer, 2 or
+- `factor`: By how much a stage may be smaller than the one before it. An integer, 2 or
     more; larger ones compile faster, smaller ones waste fewer evaluations.
 - `min_size`: The smallest batch to gather into, in samples.
 """
