@@ -141,6 +141,55 @@ def test_a_bad_sample_changes_no_other(batching, bad):
 
 
 @strategies
+def test_three_bad_samples_at_once_in_float32(batching):
+    # Each has a parameter by which the map tells it: not-a-number, divergent, slow.
+    def fn(y, args):
+        rate, shift = args
+        y = jnp.where(rate == 5, jnp.where(y > 2, jnp.nan, y), y)
+        return jnp.where(rate > 4, 1.5, rate) * y + shift
+
+    def solve(rate, shift):
+        solver = eqlx.FixedPointIteration(0.0, 1e-4)
+        start = jnp.zeros((), jnp.float32)
+        return eqlx.fixed_point(
+            fn,
+            solver,
+            start,
+            (rate, shift),
+            max_steps=300,
+            batching=batching,
+            adjoint=eqlx.ImplicitAdjoint(
+                eqlx.FixedPointLinearSolver(eqlx.Anderson(0.0, 1e-7))
+            ),
+            throw=False,
+        )
+
+    rates = jnp.linspace(0.05, 0.9, 33, dtype=jnp.float32)
+    rates = rates.at[jnp.array([4, 17, 30])].set(jnp.array([5, 7, 0.9999], jnp.float32))
+    names = {4: "nonfinite", 17: "divergence", 30: "max_steps_reached"}
+    good = np.array([i for i in range(33) if i not in names])
+    shift = jnp.float32(1)
+    sol = jax.jit(jax.vmap(solve, (0, None)))(rates, shift)
+    for i, name in names.items():
+        assert (sol.result == getattr(eqlx.RESULTS, name))[i], name
+    assert np.all((sol.result == eqlx.RESULTS.successful)[good])
+    exact = np.asarray(rates, np.float64)[good]
+    steps = np.ceil(np.log(1e-4) / np.log(exact)).astype(int)
+    assert sol.stats["num_steps"][good].tolist() == steps.tolist()
+    # The iterate after so many steps, in float64.
+    value = (1 - exact**steps) / (1 - exact)
+    assert np.allclose(sol.value[good], value, rtol=1e-6)
+
+    def loss(rates, shift):
+        return jnp.sum(jax.vmap(solve, (0, None))(rates, shift).value[good])
+
+    grads = jax.jit(jax.grad(loss, (0, 1)))(rates, shift)
+    assert np.all(np.isfinite(grads[0]))
+    assert np.allclose(grads[0][good], value / (1 - exact), rtol=1e-6)
+    assert np.allclose(grads[1], np.sum(1 / (1 - exact)), rtol=1e-6)
+
+
+@strategies
 @pytest.mark.parametrize("bad", _bad_maps.values(), ids=list(_bad_maps))
 def test_a_bad_sample_stays_out_of_the_gradient_of_what_is_shared(batching, bad):
     # `b` is shared. A loss that leaves the bad sample out has a finite gradient.
