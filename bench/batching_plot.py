@@ -7,7 +7,7 @@ from matplotlib.figure import Figure
 
 
 _COLOURS = {"plain": "#8a8f98", "Lockstep": "#d9772b"}
-_LABELS = {"plain": "jax.vmap of a plain while_loop"}
+_LABELS = {"plain": "jax.vmap of a plain while_loop", "Lockstep": "Lockstep()"}
 
 
 def plot(
