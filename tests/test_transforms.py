@@ -9,6 +9,7 @@ import jax.random as jr
 import lineax as lx
 import numpy as np
 import pytest
+from equilax._batching import while_loop
 from jax import export
 from jax.sharding import AxisType, PartitionSpec as P
 
@@ -208,6 +209,26 @@ def test_no_collective_stands_inside_a_loop(getkey):
     assert not any(_COLLECTIVES.search(computations[name]) for name in inside)
     # The search does find the one outside, which sums the gradient of `w`.
     assert _COLLECTIVES.search(text)
+
+
+def test_a_counter_varies_where_the_predicate_does():
+    # JAX lets a counter that differs between devices pass for a replicated one.
+    def local(x):
+        def body(carry):
+            return carry[0] + 1, 0.5 * carry[1]
+
+        count, _ = while_loop(
+            lambda carry: carry[1][0] > 1, body, (0, x), may_vary=frozenset("b")
+        )
+        return count[None]
+
+    mesh = _mesh(AxisType.Explicit)
+    xs = jnp.exp2(jnp.arange(8.0))
+    xs = jax.device_put(xs, jax.NamedSharding(mesh, P("b")))
+    counts = _sharded(mesh, local, P("b"), P("b"))(xs)
+    assert counts.tolist() == list(range(8))
+    with pytest.raises(ValueError, match="replicated"):
+        _sharded(mesh, local, P("b"), P())(xs)
 
 
 def test_throwing_in_shard_map_is_an_error_that_says_what_to_do(getkey):
