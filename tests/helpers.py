@@ -15,6 +15,7 @@ def solver_list(rtol, atol):
         "damped": eqlx.FixedPointIteration(rtol, atol, damp=0.3),
         "anderson": eqlx.Anderson(rtol, atol),
         "anderson_damped": eqlx.Anderson(rtol, atol, history_length=3, damp=0.2),
+        "broyden": eqlx.Broyden(rtol, atol),
         "best_so_far": eqlx.BestSoFar(eqlx.Anderson(rtol, atol)),
         "traced": eqlx.Traced(eqlx.FixedPointIteration(rtol, atol)),
     }

@@ -21,9 +21,12 @@ from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_n
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from ._solver import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
+    Aitken as Aitken,
     Anderson as Anderson,
     BestSoFar as BestSoFar,
+    Broyden as Broyden,
     FixedPointIteration as FixedPointIteration,
+    Squarem as Squarem,
     Traced as Traced,
 )
 

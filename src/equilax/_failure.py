@@ -10,9 +10,8 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax.custom_batching import custom_vmap
-from jaxtyping import Array, Bool, PyTree
+from jaxtyping import Array, Bool, Int, PyTree
 
-from ._custom_types import IntScalar
 from ._solution import RESULTS
 
 
@@ -57,23 +56,21 @@ def _reporter(messages: _Messages):
     as_sequence = cast(Sequence[str], messages)
 
     @custom_vmap
-    def report(count: IntScalar, kinds: Bool[Array, " kinds"]) -> Array:
+    def report(counts: Int[Array, " kinds"]) -> Array:
         weights = jnp.array([1 << i for i in range(len(messages.kinds))], jnp.int32)
-        bits = jnp.sum(jnp.where(kinds, weights, 0), dtype=jnp.int32)
+        bits = jnp.sum(jnp.where(counts > 0, weights, 0), dtype=jnp.int32)
+        count = jnp.sum(counts, dtype=jnp.int32)
         index = (count << len(messages.kinds)) + bits
         token = jnp.zeros((), jnp.float32)
         return eqx.branched_error_if(token, count > 0, index, as_sequence)
 
     @report.def_vmap
-    def _(size, is_batched, count, kinds):
-        if is_batched[0]:
-            count = jnp.sum(count, dtype=count.dtype)
-        else:
-            count = count * size
-        kinds = jnp.any(kinds, axis=0) if is_batched[1] else kinds
+    def _(size, is_batched, counts):
+        del is_batched  # There is but one, so it is.
+        counts = jnp.sum(counts, axis=0, dtype=counts.dtype)
         num = messages.num_solves * size
         wider = dataclasses.replace(messages, num_solves=num)
-        return _reporter(wider)(count, kinds), False
+        return _reporter(wider)(counts), False
 
     return report
 
@@ -103,7 +100,7 @@ def raise_if_failed(
         flags = [result == getattr(RESULTS, kind.name) for kind in kinds[:-1]]
         is_other = jnp.logical_not(jnp.any(jnp.stack(flags)))
         found = jnp.stack([*flags, is_other]) & is_failed
-        return report(is_failed.astype(jnp.int32), found)
+        return report(found.astype(jnp.int32))
 
     if is_batch:
         token = jnp.sum(jax.vmap(check)(result, is_failed))

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._dtype import promote, real, rounding
 from .._linear import AbstractMatrixFreeSolver
-from .._misc import any_varying, per_sample, struct, vary_over
+from .._misc import any_varying, per_sample, struct
 from .._norm import max_norm
 from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
@@ -170,6 +170,7 @@ def solve_linear_system(
         transpose_solve = _lineax(linear_solver, transposed, problem.throw)
     # Linear in its right-hand side whatever happens in `solve`, for which reason the
     # check of the outcome is in there.
-    vector = vary_over(ravel(rhs), any_varying(rhs, y))
-    out = lax.custom_linear_solve(mv, vector, solve, transpose_solve=transpose_solve)
+    out = lax.custom_linear_solve(
+        mv, ravel(rhs), solve, transpose_solve=transpose_solve
+    )
     return unravel(out)

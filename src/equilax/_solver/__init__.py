@@ -1,9 +1,12 @@
+from .aitken import Aitken as Aitken
 from .anderson import Anderson as Anderson
 from .base import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
     Evaluation as Evaluation,
 )
 from .best_so_far import BestSoFar as BestSoFar
+from .broyden import Broyden as Broyden
 from .fixed_point_iteration import FixedPointIteration as FixedPointIteration
 from .iterate import iterate as iterate, make_loop as make_loop, Progress as Progress
+from .squarem import Squarem as Squarem
 from .traced import Traced as Traced

@@ -1,18 +1,15 @@
-import functools as ft
-from typing import Any
-
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equilax_kernels import spd_solve
-from jax import lax
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._check import check_fraction, check_integer, check_tolerances
-from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
-from .._dtype import at_least_single, promote, real, residual_dtype
+from .._custom_types import Norm, RealScalarLike, Y
+from .._dtype import at_least_single, real, residual_dtype
 from .._misc import tree_where
 from .._norm import max_norm
+from . import ring
 from .base import AbstractFixedPointSolver
 from .fixed_point_iteration import damped
 
@@ -27,42 +24,6 @@ class _AndersonState(eqx.Module):
     last_residual: PyTree[Array]
     last_image: PyTree[Array]
     last_norm: Scalar
-
-
-def _products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
-    """The real inner products of each row of a history with `vector`."""
-
-    def product(row, x):
-        row = jnp.conj(row.reshape(row.shape[0], -1))
-        x = x.reshape(-1).astype(row.dtype)
-        accumulate = promote(row.dtype, dtype)
-        out = jnp.einsum(
-            "mn,n->m",
-            row,
-            x,
-            precision=lax.Precision.HIGHEST,
-            preferred_element_type=accumulate,
-        )
-        return out.real.astype(dtype)
-
-    return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
-
-
-def _combine(weights: Float[Array, " m"], rows: Array) -> Array:
-    """The sum of `weights[j] * rows[j]`, in at least single precision."""
-    dtype = at_least_single(rows.dtype)
-    flat = rows.reshape(rows.shape[0], -1).astype(dtype)
-    out = jnp.einsum(
-        "m,mn->n", weights.astype(dtype), flat, precision=lax.Precision.HIGHEST
-    )
-    return out.reshape(rows.shape[1:])
-
-
-def _write(ring: Array, slot: IntScalar, row: Array, is_live: BoolScalar) -> Array:
-    # Selecting the row rather than the ring keeps the update in place.
-    old = lax.dynamic_index_in_dim(ring, slot, 0, keepdims=False)
-    row = jnp.where(is_live, row.astype(ring.dtype), old)
-    return lax.dynamic_update_index_in_dim(ring, row, slot, 0)
 
 
 class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
@@ -107,10 +68,10 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
     def init(self, y, *, max_steps):
         del max_steps
         m, dtype = self.history_length, residual_dtype(y)
-        ring = jtu.tree_map(lambda x: jnp.zeros((m, *x.shape), x.dtype), y)
+        history = ring.empty(y, m)
         return _AndersonState(
-            d_residuals=ring,
-            d_images=ring,
+            d_residuals=history,
+            d_images=history,
             gram=jnp.zeros((m, m), dtype),
             last_residual=jtu.tree_map(
                 lambda x: jnp.zeros(x.shape, at_least_single(x.dtype)), y
@@ -131,10 +92,10 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         weights = self._weights(at, residual, state)
 
         def extrapolate(y, f, g, d_image, d_residual):
-            new = f.astype(g.dtype) - _combine(weights, d_image)
+            new = f.astype(g.dtype) - ring.combine(weights, d_image)
             if not (isinstance(self.damp, (int, float)) and self.damp == 0):
                 damp = jnp.asarray(self.damp, real(g.dtype)).astype(g.dtype)
-                new = new - damp * (g - _combine(weights, d_residual))
+                new = new - damp * (g - ring.combine(weights, d_residual))
             return new.astype(y.dtype)
 
         new_y = jtu.tree_map(
@@ -152,19 +113,18 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         is_normal = (scale >= jnp.finfo(scale.dtype).tiny) & jnp.isfinite(scale)
         inverse = jnp.where(is_normal, 1 / jnp.where(is_normal, scale, 1), 1)
 
-        def change(new, old, ring):
+        def change(new, old, rows):
             dtype = at_least_single(new.dtype)
             difference = new.astype(dtype) - old.astype(dtype)
-            return (difference * inverse.astype(dtype)).astype(ring.dtype)
+            return (difference * inverse.astype(dtype)).astype(rows.dtype)
 
         d_residual = jtu.tree_map(
             change, residual, state.last_residual, state.d_residuals
         )
         d_image = jtu.tree_map(change, at.f, state.last_image, state.d_images)
-        write = lambda ring, row: _write(ring, slot, row, at.is_live)
-        d_residuals = jtu.tree_map(write, state.d_residuals, d_residual)
-        d_images = jtu.tree_map(write, state.d_images, d_image)
-        row = _products(d_residuals, d_residual, state.gram.dtype)
+        d_residuals = ring.write(state.d_residuals, slot, d_residual, at.is_live)
+        d_images = ring.write(state.d_images, slot, d_image, at.is_live)
+        row = ring.products(d_residuals, d_residual, state.gram.dtype)
         # A mask, where indexing would be a scatter, which no compiler fuses.
         is_slot = jnp.arange(self.history_length, dtype=slot.dtype) == slot
         gram = jnp.where(is_slot[None, :], row[:, None], state.gram)
@@ -175,7 +135,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
 
     def _weights(self, at, residual, state: _AndersonState) -> Float[Array, " m"]:
         gram, m = state.gram, self.history_length
-        products = _products(state.d_residuals, residual, gram.dtype)
+        products = ring.products(state.d_residuals, residual, gram.dtype)
         lengths = jnp.diagonal(gram)
         is_used = (jnp.arange(m, dtype=jnp.int32) < at.num_steps) & (lengths > 0)
         scale = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, lengths, 1)), 0)

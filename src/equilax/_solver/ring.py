@@ -1,0 +1,64 @@
+"""Histories of a solver: rings of `m` trees, kept as leaves with a leading axis."""
+
+import functools as ft
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, Float, PyTree
+
+from .._custom_types import BoolScalar, IntScalar
+from .._dtype import at_least_single, promote
+
+
+def empty(y: PyTree[Array], size: int) -> PyTree[Array]:
+    """A ring of zeros, of the dtypes of `y`."""
+    return jtu.tree_map(lambda x: jnp.zeros((size, *x.shape), x.dtype), y)
+
+
+def products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
+    """The real inner products of each row of a history with `vector`."""
+
+    def product(row, x):
+        row = jnp.conj(row.reshape(row.shape[0], -1))
+        x = x.reshape(-1).astype(row.dtype)
+        accumulate = promote(row.dtype, dtype)
+        out = jnp.einsum(
+            "mn,n->m",
+            row,
+            x,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=accumulate,
+        )
+        return out.real.astype(dtype)
+
+    return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
+
+
+def combine(weights: Float[Array, " m"], rows: Array) -> Array:
+    """The sum of `weights[j] * rows[j]`, in at least single precision."""
+    dtype = at_least_single(rows.dtype)
+    flat = rows.reshape(rows.shape[0], -1).astype(dtype)
+    out = jnp.einsum(
+        "m,mn->n", weights.astype(dtype), flat, precision=lax.Precision.HIGHEST
+    )
+    return out.reshape(rows.shape[1:])
+
+
+def read(ring: PyTree[Array], slot: IntScalar) -> PyTree[Array]:
+    take = lambda x: lax.dynamic_index_in_dim(x, slot, 0, keepdims=False)
+    return jtu.tree_map(take, ring)
+
+
+def write(
+    ring: PyTree[Array], slot: IntScalar, row: PyTree[Array], is_live: BoolScalar
+) -> PyTree[Array]:
+    """Put `row` into its slot if `is_live`, in place."""
+
+    # Selecting the row rather than the ring keeps the update in place.
+    def put(ring, row, old):
+        row = jnp.where(is_live, row.astype(ring.dtype), old)
+        return lax.dynamic_update_index_in_dim(ring, row, slot, 0)
+
+    return jtu.tree_map(put, ring, row, read(ring, slot))
