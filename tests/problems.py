@@ -34,6 +34,12 @@ class Problem:
     expected: Any
     contracts: bool = True
 
+    @property
+    def rounding(self) -> float:
+        """The relative spacing of numbers in the coarsest leaf of `y0`."""
+        leaves = jax.tree.leaves(self.y0)
+        return max(float(jnp.finfo(jnp.asarray(x).dtype).eps) for x in leaves)
+
 
 def error(problem: Problem, value) -> float:
     """The largest difference between `value` and the solution."""
