@@ -353,8 +353,10 @@ def test_derivatives_in_any_nesting_with_vmap(batching):
         assert np.allclose(value, second, rtol=1e-5), name
 
 
-@pytest.mark.parametrize("name", ["anderson", "traced"])
-def test_a_history_is_written_in_place(name):
+@pytest.mark.parametrize(
+    ("name", "row"), [("anderson", "5,32"), ("broyden", "10,32"), ("traced", "41")]
+)
+def test_a_history_is_written_in_place(name, row):
     # Rings of 5 x B x d and traces of 41 x B are the largest arrays: a copy of one in a
     # loop body would cost more than the step.
     size, num = 32, 16
@@ -371,8 +373,9 @@ def test_a_history_is_written_in_place(name):
         ).stats
 
     text = optimised_hlo(jax.vmap(solve), jnp.ones((num, size), jnp.float32))
-    ring = f"f32[{num},5,{size}]" if name == "anderson" else f"f32[{num},41]"
-    other = f"f32[5,{num},{size}]" if name == "anderson" else f"f32[41,{num}]"
+    length, *rest = row.split(",")
+    ring = f"f32[{num},{row}]"
+    other = f"f32[{','.join([length, str(num), *rest])}]"
     assert ring in text or other in text
     bodies = [part for part in text.split("\n\n") if "dynamic-update-slice" in part]
     assert bodies
