@@ -464,3 +464,39 @@ def test_our_solvers_run_in_lineax(getkey):
         throw=False,
     )
     assert failed.result != lx.RESULTS.successful
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-10, 1.0, 1e10])
+@pytest.mark.parametrize("linear_solver", [lx.GMRES(1e-6, 1e-6), lx.LU()])
+def test_the_scale_of_a_cotangent_does_not_matter_to_lineax(scale, linear_solver):
+    # The absolute tolerance of an iterative solver would call zero a solution.
+    dense = np.array([[-3.0, 0.1, 0.0], [0.0, 0.5, 0.2], [0.1, 0.0, 1.8]])
+    a, ct = jnp.asarray(dense, jnp.float32), np.array([1.0, -2.0, 0.5])
+
+    def loss(c):
+        sol = eqlx.fixed_point(
+            lambda y, c: a @ y + c,
+            eqlx.Anderson(1e-6, 1e-6),
+            jnp.zeros(3, jnp.float32),
+            c,
+            adjoint=eqlx.ImplicitAdjoint(linear_solver),
+            throw=False,
+        )
+        return jnp.sum(sol.value * jnp.asarray(ct * scale, jnp.float32))
+
+    grad = jax.jit(jax.grad(loss))(jnp.array([0.1, -0.2, 0.3], jnp.float32))
+    expected = np.linalg.solve(np.eye(3) - dense.T, ct)
+    assert np.allclose(np.asarray(grad, np.float64) / scale, expected, rtol=1e-4)
+
+
+def test_the_best_iterate_of_a_failed_solve_has_the_derivative_there():
+    fn = lambda y, a: 0.5 * jnp.sin(y) + a
+
+    def solve(a):
+        solver = eqlx.BestSoFar(eqlx.FixedPointIteration(1e-9, 1e-9))
+        sol = eqlx.fixed_point(fn, solver, jnp.zeros(()), a, max_steps=4, throw=False)
+        assert sol.aux is None
+        return sol.value
+
+    value, grad = jax.jit(jax.value_and_grad(solve))(1.0)
+    assert np.allclose(grad, 1 / (1 - 0.5 * np.cos(value)), rtol=1e-6)

@@ -100,6 +100,14 @@ _wrong_knobs = {
     "rtol": (lambda: eqlx.FixedPointIteration(-1e-3, 1e-3), "`rtol` must not be neg"),
     "atol": (lambda: eqlx.Anderson(1e-3, -1.0), "`atol` must not be neg.*got -1.0"),
     "nan": (lambda: eqlx.Anderson(float("nan"), 1.0), "`rtol` must not be neg.*nan"),
+    "numpy": (
+        lambda: eqlx.FixedPointIteration(np.float32(-1), np.float32(0)),
+        "`rtol` must not be neg",
+    ),
+    "vector": (
+        lambda: eqlx.Anderson(jnp.ones(2), 0.0),
+        r"`rtol` must be one number; got one of shape \(2,\)",
+    ),
     "text": (lambda: eqlx.Anderson("1e-3", 1e-3), "`rtol` must be a real number"),
     "none": (lambda: eqlx.FixedPointIteration(1e-3, None), "`atol` must be a real"),
     "damp": (

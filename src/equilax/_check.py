@@ -31,16 +31,30 @@ def check_integer(name: str, value: Any, least: int):
         )
 
 
+def _is_readable(value: Any) -> bool:
+    """Whether a number is known now, rather than traced or on a device."""
+    return isinstance(value, (int, float, np.number, np.ndarray))
+
+
 def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):
     """Refuse tolerances that are negative or no numbers, where they can be read."""
     for name, value in (("rtol", rtol), ("atol", atol)):
         if isinstance(value, (bool, str)) or value is None:
             raise TypeError(f"`{name}` must be a real number; got {value!r}.")
-        if isinstance(value, (int, float)) and not value >= 0:
-            raise ValueError(f"`{name}` must not be negative; got {value}.")
+        if np.shape(value) != ():
+            raise ValueError(
+                f"`{name}` must be one number; got one of shape {np.shape(value)}."
+            )
+        check_nonnegative(name, value)
+
+
+def check_nonnegative(name: str, value: RealScalarLike):
+    """Refuse a negative number, where it can be read."""
+    if _is_readable(value) and not value >= 0:
+        raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def check_fraction(name: str, value: RealScalarLike):
     """Refuse a damping outside [0, 1), where it can be read."""
-    if isinstance(value, (int, float)) and not 0 <= value < 1:
+    if _is_readable(value) and not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")

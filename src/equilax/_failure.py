@@ -60,6 +60,8 @@ def _reporter(messages: _Messages):
         weights = jnp.array([1 << i for i in range(len(messages.kinds))], jnp.int32)
         bits = jnp.sum(jnp.where(counts > 0, weights, 0), dtype=jnp.int32)
         count = jnp.sum(counts, dtype=jnp.int32)
+        # Above some million failures the number would not fit.
+        count = jnp.minimum(count, (1 << (30 - len(messages.kinds))) - 1)
         index = (count << len(messages.kinds)) + bits
         token = jnp.zeros((), jnp.float32)
         return eqx.branched_error_if(token, count > 0, index, as_sequence)
@@ -109,10 +111,16 @@ def raise_if_failed(
     # What is returned must depend on the check, or the check would be optimised away.
     # Nothing is ever seen of this but an error, or with `EQX_ON_ERROR=nan` a NaN.
     is_void = jnp.isnan(token)
+    factor = jnp.where(is_void, math.nan, 1)
+    # Zero in any case, which the compiler does not know.
+    zero = jnp.where(is_void, 0, token).astype(jnp.int32)
 
     def depend(x):
-        is_inexact = jnp.issubdtype(x.dtype, jnp.inexact)
-        return jnp.where(is_void, jnp.array(math.nan if is_inexact else 0, x.dtype), x)
+        if jnp.issubdtype(x.dtype, jnp.inexact):
+            return x * factor.astype(x.dtype)
+        if jnp.issubdtype(x.dtype, jnp.bool_):
+            return x | (zero != 0)
+        return x + zero.astype(x.dtype)
 
     dynamic, static = eqx.partition(tree, eqx.is_array)
     return eqx.combine(jtu.tree_map(depend, dynamic), static)

@@ -17,12 +17,13 @@ _KINDS = tuple(
 )
 
 
-def _check_call(fn, solver, max_steps, adjoint, batching, throw):
+def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux):
     check_callable("fn", fn, "fn(y, args)")
     check_instance("solver", solver, AbstractFixedPointSolver)
     check_instance("adjoint", adjoint, AbstractAdjoint)
     check_instance("batching", batching, AbstractBatching)
     check_instance("throw", throw, bool)
+    check_instance("has_aux", has_aux, bool)
     check_integer("max_steps", max_steps, 1)
 
 
@@ -55,7 +56,7 @@ def _fixed_point(
     check_axis_names(hoisted, batching)
 
     def solve(problem, run):
-        return iterate(
+        end = iterate(
             problem.fn,
             problem.solver,
             problem.y0,
@@ -64,6 +65,12 @@ def _fixed_point(
             is_batch=problem.is_batch,
             run=run,
         )
+        # Here, so that derivatives are those at the value that is returned.
+        is_successful = end.result == RESULTS.successful
+        y, residual, stats = each(problem.solver.postprocess)(
+            end.y, end.residual, is_successful, end.state
+        )
+        return eqx.tree_at(lambda e: (e.y, e.residual), end, (y, residual)), stats
 
     problem = Problem(
         ValueOf(hoisted),
@@ -76,21 +83,17 @@ def _fixed_point(
         throw,
         is_batch,
     )
-    end = adjoint.apply(solve, problem)
-    is_successful = end.result == RESULTS.successful
-    value, residual, stats = each(solver.postprocess)(
-        end.y, end.residual, is_successful, end.state
-    )
+    end, stats = adjoint.apply(solve, problem)
     # The derivative of `aux` runs through `value` and through `fn` here.
-    aux = hoisted(value, args)[1] if has_aux else None
+    aux = hoisted(end.y, args)[1] if has_aux else None
     stats = {
         "num_steps": end.num_steps,
         "num_fn_evals": end.num_fn_evals + int(has_aux),
         "max_steps": max_steps,
-        "residual": residual,
+        "residual": end.residual,
         **stats,
     }
-    value = move(value, 0, batch_axis)
+    value = move(end.y, 0, batch_axis)
     sol = Solution(value, end.result, aux, stats, end.state)
     return _raise_on_failure(sol, is_batch) if throw else sol
 
@@ -121,7 +124,10 @@ def fixed_point(
     **Arguments:**
 
     - `fn`: Maps `(y, args)` to a pytree with the structure, shapes and dtypes of `y`.
-        Any callable; derivatives reach `args` and whatever it closes over. Traced once.
+        Any callable; derivatives reach `args` and whatever it closes over. Traced once:
+        a call outside of `jax.jit` is compiled, and kept for the next call with an
+        equal `fn`, as by [`equinox.filter_jit`][]. What changes belongs into `args`, or
+        into a function defined anew, not into a global variable.
     - `solver`: A fixed-point solver, such as [`equilax.Anderson`][].
     - `y0`: The initial guess: a pytree of floating-point or complex arrays.
     - `args`: Passed to `fn`. Any pytree; what is not an array stays as it is.
@@ -152,7 +158,7 @@ def fixed_point(
     Cost: an evaluation of `fn` more than the solver takes steps, and another one for
     `aux`. Memory: that of the solver, and twice `y`.
     """
-    _check_call(fn, solver, max_steps, adjoint, batching, throw)
+    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux)
     return _fixed_point(
         fn,
         solver,

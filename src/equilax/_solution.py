@@ -21,7 +21,8 @@ with warnings.catch_warnings():
         $(f(y_k) - y_k) / (\mathrm{atol} + \mathrm{rtol} |y_k|)$:
 
         - `successful`: $s_k < 1$ at the value returned. With both tolerances zero a
-            solve is an exact number of steps, and taking them all is a success.
+            solve is a number of steps to be taken, and taking them all is a success, or
+            fewer if nothing moves any more.
         - `max_steps_reached`: $k =$ `max_steps` and $s_k \geq 1$.
         - `nonfinite`: $f(y_k)$ is infinite or not a number. The value is $y_k$.
         - `divergence`: $r_k > 10^8 r_0$.

@@ -1,12 +1,16 @@
 import abc
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import equinox as eqx
 from jaxtyping import PyTree
 
 from .._batching import AbstractBatching
 from .._solver import AbstractFixedPointSolver, Progress
+
+
+# How a solve ended, its `y` the one to return, and what the solver adds to `stats`.
+Ended: TypeAlias = tuple[Progress, dict[str, Any]]
 
 
 class Problem(eqx.Module):
@@ -39,9 +43,9 @@ class AbstractAdjoint(eqx.Module):
 
     @abc.abstractmethod
     def apply(
-        self, solve: Callable[[Problem, Callable], Progress], problem: Problem
-    ) -> Progress:
-        """Solve `problem`, with derivatives attached to the `y` that it ends with.
+        self, solve: Callable[[Problem, Callable], Ended], problem: Problem
+    ) -> Ended:
+        """Solve `problem`, with derivatives attached to the `y` that is returned.
 
         **Arguments:**
 

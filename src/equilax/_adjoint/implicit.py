@@ -6,8 +6,7 @@ import jax.tree_util as jtu
 import lineax as lx
 
 from .._linear import FixedPointLinearSolver
-from .._solver import Progress
-from .base import AbstractAdjoint, Problem
+from .base import AbstractAdjoint, Ended, Problem
 from .linear_system import solve_linear_system
 
 
@@ -17,10 +16,10 @@ def _is_none(x) -> bool:
 
 @eqx.filter_custom_jvp
 def _solve(
-    solve: Callable[[Problem, Callable], Progress],
+    solve: Callable[[Problem, Callable], Ended],
     problem: Problem,
     linear_solver: lx.AbstractLinearSolver,
-) -> Progress:
+) -> Ended:
     del linear_solver
     return solve(problem, problem.batching.solve)
 
@@ -28,25 +27,26 @@ def _solve(
 @_solve.def_jvp
 def _solve_jvp(primals, tangents):
     solve, problem, linear_solver = primals
-    end = _solve(solve, problem, linear_solver)
-    t_end = jtu.tree_map(lambda _: None, end)
+    ended = _solve(solve, problem, linear_solver)
+    y = ended[0].y
+    t_ended = jtu.tree_map(lambda _: None, ended)
 
     # Of `y0`, the solver and the linear solver the solution is independent.
     params = (problem.fn, problem.args)
     t_params = (tangents[1].fn, tangents[1].args)
     if not jtu.tree_leaves(t_params):
-        return end, t_end
+        return ended, t_ended
     no_tangent = jtu.tree_map(_is_none, t_params, is_leaf=_is_none)
     fixed, moving = eqx.partition(params, no_tangent, is_leaf=_is_none)
 
     def of_params(moving):
         fn, args = eqx.combine(moving, fixed)
-        return fn(end.y, args)
+        return fn(y, args)
 
     _, rhs = jax.jvp(of_params, (moving,), (t_params,))
-    t_y = solve_linear_system(linear_solver, rhs, end.y, problem)
-    t_end = eqx.tree_at(lambda p: p.y, t_end, t_y, is_leaf=_is_none)
-    return end, t_end
+    t_y = solve_linear_system(linear_solver, rhs, y, problem)
+    t_ended = eqx.tree_at(lambda e: e[0].y, t_ended, t_y, is_leaf=_is_none)
+    return ended, t_ended
 
 
 class ImplicitAdjoint(AbstractAdjoint):

@@ -104,10 +104,16 @@ def _lineax(
     """Solve by `lineax.linear_solve`, whose own derivative rules are not used."""
 
     def solve(mv, vector: Float[Array, " n"]):
+        # An iterative solver's `atol` is absolute; a derivative must not depend on the
+        # scale of its cotangent.
+        largest = max_norm(vector)
+        unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
+        unit = unit.astype(vector.dtype)
         operator = lx.FunctionLinearOperator(mv, struct(vector), tags)
-        sol = lx.linear_solve(operator, vector, linear_solver, throw=False)
+        sol = lx.linear_solve(operator, vector / unit, linear_solver, throw=False)
         is_usable = sol.result == lx.RESULTS.successful
-        return checked(sol.value, RESULTS.promote(sol.result), is_usable, throw)
+        result = RESULTS.promote(sol.result)
+        return checked(sol.value * unit, result, is_usable, throw)
 
     return solve
 

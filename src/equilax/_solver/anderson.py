@@ -4,7 +4,7 @@ import jax.tree_util as jtu
 from equilax_kernels import spd_solve
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._check import check_fraction, check_integer, check_tolerances
+from .._check import check_fraction, check_integer, check_nonnegative, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import tree_where
@@ -62,8 +62,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
         check_integer("history_length", self.history_length, 1)
-        if isinstance(self.ridge, (int, float)) and not self.ridge >= 0:
-            raise ValueError(f"`ridge` must not be negative; got {self.ridge}.")
+        check_nonnegative("ridge", self.ridge)
 
     def init(self, y, *, max_steps):
         del max_steps

@@ -23,7 +23,10 @@ def _call(z, args):
 
 
 def _takes_key(cell: Callable) -> bool:
-    parameters = inspect.signature(cell).parameters.values()
+    try:
+        parameters = inspect.signature(cell).parameters.values()
+    except ValueError:  # A builtin has none.
+        return False
     return any(p.name == "key" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
