@@ -10,7 +10,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, ArrayLike, PyTree
 
-from ._custom_types import BoolScalar
+from ._custom_types import BoolScalar, Y
+from ._dtype import at_least_single
 
 
 def tree_where(pred: BoolScalar, true: PyTree[Array], false: PyTree[Array]):
@@ -22,6 +23,16 @@ def tree_allfinite(tree: PyTree[Array]) -> BoolScalar:
     """Whether every element of every leaf is finite. An empty tree is finite."""
     finite = jtu.tree_map(lambda x: jnp.all(jnp.isfinite(x)), tree)
     return jtu.tree_reduce(jnp.logical_and, finite, jnp.array(True))
+
+
+def difference(y: Y, f: Y) -> Y:
+    """`f - y`, in at least single precision."""
+
+    def subtract(a, b):
+        dtype = at_least_single(a.dtype)
+        return b.astype(dtype) - a.astype(dtype)
+
+    return jtu.tree_map(subtract, y, f)
 
 
 def per_sample(is_batch: bool) -> Callable[[Callable], Callable]:

@@ -49,6 +49,11 @@ def max_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
     return _flat_at_zero(_reduce(x, jnp.max, jnp.maximum))
 
 
+def divisor(size: Scalar) -> Scalar:
+    """`size`, or one where it is nothing to divide by: zero, infinite, not a number."""
+    return jnp.where((size == 0) | ~jnp.isfinite(size), 1, size)
+
+
 def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
     r"""The Euclidean norm $\sqrt{\sum_i |x_i|^2}$, over all leaves.
 
@@ -66,8 +71,7 @@ def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
     """
     # Frozen, or the derivative would run through the largest element twice.
     largest = jax.lax.stop_gradient(max_norm(x))
-    is_plain = (largest == 0) | jnp.isinf(largest)
-    scale = jnp.where(is_plain, 1, largest)
+    scale = divisor(largest)
     squares = _reduce(x, lambda a: jnp.sum((a / scale.astype(a.dtype)) ** 2), jnp.add)
     positive = jnp.where(squares == 0, 1, squares)
     return jnp.where(squares == 0, 0, scale * jnp.sqrt(positive))

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, PyTree
 from .._dtype import promote, real, rounding
 from .._linear import AbstractMatrixFreeSolver
 from .._misc import any_varying, per_sample, struct
-from .._norm import max_norm
+from .._norm import divisor, max_norm
 from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
 from .base import Problem
@@ -106,9 +106,7 @@ def _lineax(
     def solve(mv, vector: Float[Array, " n"]):
         # An iterative solver's `atol` is absolute; a derivative must not depend on the
         # scale of its cotangent.
-        largest = max_norm(vector)
-        unit = jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
-        unit = unit.astype(vector.dtype)
+        unit = divisor(max_norm(vector)).astype(vector.dtype)
         operator = lx.FunctionLinearOperator(mv, struct(vector), tags)
         sol = lx.linear_solve(operator, vector / unit, linear_solver, throw=False)
         is_usable = sol.result == lx.RESULTS.successful

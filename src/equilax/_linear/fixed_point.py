@@ -8,7 +8,7 @@ from jaxtyping import Array, PyTree, Scalar
 from .._check import check_instance, check_integer
 from .._dtype import real, rounding
 from .._misc import hoist, per_sample
-from .._norm import max_norm
+from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
 from .._solver import AbstractFixedPointSolver, Anderson, iterate
 from .base import AbstractMatrixFreeSolver
@@ -17,12 +17,6 @@ from .base import AbstractMatrixFreeSolver
 def _richardson(u, args):
     mv, vector = args
     return jtu.tree_map(lambda a, b, c: b + (a - c), u, vector, mv(u))
-
-
-def _unit(vector: PyTree[Array]) -> Scalar:
-    """The largest element, or one where that cannot be divided by."""
-    largest = max_norm(vector)
-    return jnp.where((largest == 0) | ~jnp.isfinite(largest), 1, largest)
 
 
 def _divide(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
@@ -77,7 +71,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
 
     def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
         each = per_sample(is_batch)
-        unit = each(_unit)(vector)
+        unit = each(lambda v: divisor(max_norm(v)))(vector)
         solver = self.solver
         if solver is None:
             # A solver has one tolerance: that of the strictest sample.

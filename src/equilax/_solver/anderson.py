@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from .._check import check_fraction, check_integer, check_nonnegative, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
-from .._misc import tree_where
+from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import ring
 from .base import AbstractFixedPointSolver
@@ -81,12 +81,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
 
     def step(self, fn, at, args, state):
         del fn, args
-        residual = jtu.tree_map(
-            lambda last, f, y: f.astype(last.dtype) - y.astype(last.dtype),
-            state.last_residual,
-            at.f,
-            at.y,
-        )
+        residual = difference(at.y, at.f)
         state = self._remember(at, residual, state)
         weights = self._weights(at, residual, state)
 

@@ -5,8 +5,8 @@ from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._check import check_integer, check_tolerances
 from .._custom_types import IntScalar, Norm, RealScalarLike, Y
-from .._dtype import at_least_single, residual_dtype
-from .._misc import tree_where
+from .._dtype import residual_dtype
+from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import ring
 from .base import AbstractFixedPointSolver
@@ -14,11 +14,6 @@ from .base import AbstractFixedPointSolver
 
 # An update whose denominator is this small against its terms holds no information.
 _DEGENERATE = 1e-6
-
-
-def _difference(y: Array, f: Array) -> Array:
-    dtype = at_least_single(y.dtype)
-    return f.astype(dtype) - y.astype(dtype)
 
 
 def _scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
@@ -79,7 +74,7 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
 
     def step(self, fn, at, args, state):
         del fn, args
-        residual = jtu.tree_map(_difference, at.y, at.f)
+        residual = difference(at.y, at.f)
         weights, last, overlaps = self._substitute(at, residual, state)
         denominator = 1 - last
         is_first = state.num_used == 0

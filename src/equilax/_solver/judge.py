@@ -7,8 +7,8 @@ from equilax_kernels import max_residual
 from jaxtyping import Scalar
 
 from .._custom_types import BoolScalar, Y
-from .._dtype import at_least_single, real, residual_dtype
-from .._misc import tree_allfinite
+from .._dtype import real, residual_dtype
+from .._misc import difference, tree_allfinite
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver
 
@@ -46,10 +46,6 @@ def _judge_max(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
 def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
     """In any norm, of which it is not known what it sees."""
 
-    def subtract(a, b):
-        dtype = at_least_single(a.dtype)
-        return b.astype(dtype) - a.astype(dtype)
-
     # Where an element doesn't move at all the quotient is zero, whatever the unit:
     # zero is converged even at `atol=0`.
     def scale(d, a):
@@ -58,10 +54,10 @@ def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
         unit = jnp.asarray(solver.atol, dtype) + jnp.asarray(solver.rtol, dtype) * size
         return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
 
-    difference = jtu.tree_map(subtract, y, f)
+    moved = difference(y, f)
     residual, scaled, size = (
         solver.norm(tree).astype(residual_dtype(y))
-        for tree in (difference, jtu.tree_map(scale, difference, y), y)
+        for tree in (moved, jtu.tree_map(scale, moved, y), y)
     )
     is_finite = jnp.isfinite(residual) & tree_allfinite(f)
     return Judged(residual, scaled, size, is_finite)
