@@ -231,19 +231,30 @@ def test_damping_converges_where_an_eigenvalue_is_below_minus_one():
     assert jnp.allclose(sol.value, 0.75 * (-1.2 * 0.75 + 1) + 0.25 * 0.75)
 
 
-def test_best_so_far_returns_the_smallest_residual_on_failure():
+def test_a_solve_that_fails_returns_the_iterate_of_the_smallest_residual():
     # Falls for three steps, then rises.
     path = jnp.array([8.0, 4.0, 2.0, 3.0, 7.0, 9.0, 9.5, 9.9])
     fn = lambda y, _: y + path[jnp.clip(y[1].astype(int), 0, 7)] * jnp.eye(2)[0] + unit
     unit = jnp.eye(2)[1]
-    picard = eqlx.FixedPointIteration(0.0, 1e-3)
-    best = eqlx.BestSoFar(picard)
-    run = lambda s: eqlx.fixed_point(fn, s, jnp.zeros(2), max_steps=6, throw=False)
-    assert run(picard).value[1] == 6
-    sol = run(best)
+    solver = eqlx.FixedPointIteration(0.0, 1e-3)
+    sol = eqlx.fixed_point(fn, solver, jnp.zeros(2), max_steps=6, throw=False)
     assert sol.value[1] == 2
     assert sol.stats["residual"] == 2
+    assert sol.stats["num_steps"] == 6
     assert sol.result == eqlx.RESULTS.max_steps_reached
+
+
+def test_best_so_far_returns_the_best_also_where_fn_turned_nonfinite():
+    path = jnp.array([8.0, 4.0, 2.0, 3.0, jnp.nan])
+    fn = lambda y, _: y + path[jnp.clip(y[1].astype(int), 0, 4)] * jnp.eye(2)[0] + unit
+    unit = jnp.eye(2)[1]
+    picard = eqlx.FixedPointIteration(0.0, 1e-3)
+    run = lambda s: eqlx.fixed_point(fn, s, jnp.zeros(2), throw=False)
+    last, best = run(picard), run(eqlx.BestSoFar(picard))
+    assert last.result == best.result == eqlx.RESULTS.nonfinite
+    assert last.value[1] == 4
+    assert best.value[1] == 2
+    assert best.stats["residual"] == 2
 
 
 def test_best_so_far_survives_a_map_without_a_finite_value():

@@ -21,11 +21,14 @@ from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_n
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from ._solver import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
+    AbstractLineSearch as AbstractLineSearch,
     Aitken as Aitken,
     Anderson as Anderson,
+    Backtracking as Backtracking,
     BestSoFar as BestSoFar,
     Broyden as Broyden,
     FixedPointIteration as FixedPointIteration,
+    FullStep as FullStep,
     Squarem as Squarem,
     Traced as Traced,
 )

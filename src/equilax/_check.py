@@ -54,6 +54,12 @@ def check_nonnegative(name: str, value: RealScalarLike):
         raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
+def check_at_least(name: str, value: RealScalarLike, least: float):
+    """Refuse a number below `least`, where it can be read."""
+    if _is_readable(value) and not value >= least:
+        raise ValueError(f"`{name}` must be at least {least}; got {value}.")
+
+
 def check_fraction(name: str, value: RealScalarLike):
     """Refuse a damping outside [0, 1), where it can be read."""
     if _is_readable(value) and not 0 <= value < 1:

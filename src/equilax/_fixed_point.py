@@ -1,4 +1,7 @@
+from typing import Any
+
 import equinox as eqx
+from jaxtyping import PyTree
 
 from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
 from ._batching import AbstractBatching, Staged
@@ -8,7 +11,15 @@ from ._failure import Kind, raise_if_failed
 from ._misc import any_varying, per_sample
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, iterate
-from ._trace import as_state, check_axis_names, check_batch, move, trace, ValueOf
+from ._trace import (
+    as_state,
+    check_axis_names,
+    check_batch,
+    check_solver_state,
+    move,
+    trace,
+    ValueOf,
+)
 
 
 _KINDS = tuple(
@@ -46,7 +57,18 @@ def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
 
 @eqx.filter_jit
 def _fixed_point(
-    fn, solver, y0, args, has_aux, max_steps, adjoint, batching, throw, tags, batch_axis
+    fn,
+    solver,
+    y0,
+    args,
+    state,
+    has_aux,
+    max_steps,
+    adjoint,
+    batching,
+    throw,
+    tags,
+    batch_axis,
 ) -> Solution:
     y0 = as_state(y0)
     check_batch(y0, batch_axis)
@@ -54,6 +76,8 @@ def _fixed_point(
     each = per_sample(is_batch)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
     check_axis_names(hoisted, batching)
+    if state is not None:
+        check_solver_state(solver, state0, state, max_steps, each)
 
     def solve(problem, run):
         end = iterate(
@@ -63,6 +87,7 @@ def _fixed_point(
             problem.args,
             max_steps=problem.max_steps,
             is_batch=problem.is_batch,
+            state=problem.state,
             run=run,
         )
         # Here, so that derivatives are those at the value that is returned.
@@ -77,6 +102,7 @@ def _fixed_point(
         solver,
         state0,
         args,
+        state,
         batching,
         tags,
         max_steps,
@@ -111,6 +137,7 @@ def fixed_point(
     throw: bool = True,
     tags: frozenset[object] = frozenset(),
     batch_axis: int | None = None,
+    state: PyTree[Any] = None,
 ) -> Solution[Y, Aux]:
     r"""Find a `y` such that `fn(y, args) == y`.
 
@@ -145,6 +172,9 @@ def fixed_point(
         residual, history, status and step count as under `jax.vmap`, but `fn` is
         evaluated on all of them until the last has stopped. `None` is a lone problem.
         Keyword only argument.
+    - `state`: The `Solution.state` of an earlier solve by the same solver, to go on
+        with what that one learnt of `fn`: from its `value` as `y0`, or for a problem
+        next to it. Its derivative is zero, like that of `y0`. Keyword only argument.
 
     **Returns:**
 
@@ -156,7 +186,7 @@ def fixed_point(
     - `EquinoxRuntimeError`: At run time, if the solve fails and `throw` is `True`.
 
     Cost: an evaluation of `fn` more than the solver takes steps, and another one for
-    `aux`. Memory: that of the solver, and twice `y`.
+    `aux`. Memory: that of the solver, and three times `y`.
     """
     _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux)
     return _fixed_point(
@@ -164,6 +194,7 @@ def fixed_point(
         solver,
         y0,
         args,
+        state,
         has_aux,
         int(max_steps),
         adjoint,

@@ -24,7 +24,9 @@ with warnings.catch_warnings():
             solve is a number of steps to be taken, and taking them all is a success, or
             fewer if nothing moves any more.
         - `max_steps_reached`: $k =$ `max_steps` and $s_k \geq 1$.
-        - `nonfinite`: $f(y_k)$ is infinite or not a number. The value is $y_k$.
+        - `nonfinite`: $f(y_k)$ is infinite or not a number, and the solver has no way
+            back from $y_k$. The value is $y_k$; that of any other failure is the
+            iterate of the smallest $r_k$.
         - `divergence`: $r_k > 10^8 r_0$.
         - `stagnation`: no new smallest $r_k$ for 30 steps with $r_k$ at the level of
             rounding, or for 1,000 steps anywhere.
@@ -57,7 +59,8 @@ class Solution(eqx.Module, Generic[Y, Aux]):
 
     **Attributes:**
 
-    - `value`: The fixed point `y`, with the structure, shapes and dtypes of `y0`.
+    - `value`: The fixed point `y`, with the structure, shapes and dtypes of `y0`. Of a
+        solve that failed, the best iterate.
     - `result`: An [`equilax.RESULTS`][] item, per sample under `vmap`.
     - `aux`: The auxiliary output of `fn` at `value`, or `None`.
     - `stats`: A dictionary with
@@ -67,7 +70,7 @@ class Solution(eqx.Module, Generic[Y, Aux]):
         `max_steps` (int),
         `residual` (the norm of `fn(y) - y` at `value`, in the units of `y`),
         and whatever the solver documents in addition.
-    - `state`: The final state of the solver. Its meaning is the solver's.
+    - `state`: The final state of the solver, for the `state` of the next solve.
     """
 
     value: Y

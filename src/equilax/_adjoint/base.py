@@ -19,7 +19,7 @@ class Problem(eqx.Module):
     **Attributes:**
 
     - `fn`: Maps `(y, args)` to a tree like `y`. A pytree that captures nothing.
-    - `solver`, `y0`, `args`: As for [`equilax.fixed_point`][].
+    - `solver`, `y0`, `args`, `state`: As for [`equilax.fixed_point`][].
     - `batching`: How a vmapped solve runs; the adjoint's takes the same road.
     - `tags`: Lineax tags of the Jacobian of `y - fn(y, args)` with respect to `y`.
     - `max_steps`: The most steps to take.
@@ -31,6 +31,7 @@ class Problem(eqx.Module):
     solver: AbstractFixedPointSolver
     y0: PyTree[Any]
     args: PyTree[Any]
+    state: PyTree[Any]
     batching: AbstractBatching
     tags: frozenset[object] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)

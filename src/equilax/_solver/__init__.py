@@ -3,10 +3,16 @@ from .anderson import Anderson as Anderson
 from .base import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
     Evaluation as Evaluation,
+    Step as Step,
 )
 from .best_so_far import BestSoFar as BestSoFar
 from .broyden import Broyden as Broyden
 from .fixed_point_iteration import FixedPointIteration as FixedPointIteration
 from .iterate import iterate as iterate, make_loop as make_loop, Progress as Progress
+from .line_search import (
+    AbstractLineSearch as AbstractLineSearch,
+    Backtracking as Backtracking,
+    FullStep as FullStep,
+)
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced

@@ -6,7 +6,7 @@ from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single
 from .._misc import tree_allfinite, tree_where
 from .._norm import max_norm
-from .base import AbstractFixedPointSolver
+from .base import AbstractFixedPointSolver, Step
 
 
 class Aitken(AbstractFixedPointSolver[Y, None]):
@@ -33,8 +33,8 @@ class Aitken(AbstractFixedPointSolver[Y, None]):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
 
-    def init(self, y, *, max_steps):
-        del y, max_steps
+    def init(self, y, *, max_steps, state=None):
+        del y, max_steps, state
         return None
 
     def step(self, fn, at, args, state):
@@ -50,7 +50,8 @@ class Aitken(AbstractFixedPointSolver[Y, None]):
             new = new.astype(y.dtype)
             return jnp.where((v == 0) | ~jnp.isfinite(new), last, new)
 
-        return jtu.tree_map(extrapolate, at.y, at.f, second), state, 1
+        new_y = jtu.tree_map(extrapolate, at.y, at.f, second)
+        return Step(new_y, state, num_evals=1)
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful, state

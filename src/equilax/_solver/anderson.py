@@ -1,29 +1,59 @@
+import dataclasses
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from equilax_kernels import spd_solve
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._check import check_fraction, check_integer, check_nonnegative, check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._check import (
+    check_at_least,
+    check_fraction,
+    check_integer,
+    check_nonnegative,
+    check_tolerances,
+)
+from .._custom_types import IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import ring
-from .base import AbstractFixedPointSolver
-from .fixed_point_iteration import damped
+from .base import AbstractFixedPointSolver, Step
+
+
+# A weight this much larger than the residual moves by rounding errors alone.
+_LARGEST = 1e8
+
+
+class Rejections(eqx.Module):
+    """How often a solver did not trust its history, by cause.
+
+    **Attributes:**
+
+    - `safeguard`: The residual grew too much; the step was taken back.
+    - `nonfinite`: `fn` was infinite or not a number; the step was taken back.
+    - `degenerate`: The weights were beyond use; the history was begun anew.
+    """
+
+    safeguard: IntScalar
+    nonfinite: IntScalar
+    degenerate: IntScalar
 
 
 class _AndersonState(eqx.Module):
-    # Rings of `m` differences between successive steps, each row divided by the
+    # Rings of `m` differences between successive evaluations, each row divided by the
     # residual of its step: squares then stay in range for a problem of any scale, half
     # precision included.
     d_residuals: PyTree[Array]
     d_images: PyTree[Array]
     gram: Float[Array, "m m"]
+    num_used: IntScalar
+    next_slot: IntScalar
+    # Of the last evaluation that was not taken back.
     last_residual: PyTree[Array]
     last_image: PyTree[Array]
     last_norm: Scalar
+    rejections: Rejections
 
 
 class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
@@ -57,81 +87,125 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
     history_length: int = eqx.field(static=True, default=5)
     damp: RealScalarLike = 0.0
     ridge: RealScalarLike = 1e-10
+    safeguard: RealScalarLike = 2.0
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
         check_integer("history_length", self.history_length, 1)
         check_nonnegative("ridge", self.ridge)
+        check_at_least("safeguard", self.safeguard, 1.0)
 
-    def init(self, y, *, max_steps):
+    def init(self, y, *, max_steps, state=None):
         del max_steps
         m, dtype = self.history_length, residual_dtype(y)
-        history = ring.empty(y, m)
+        zero, empty = jnp.zeros((), jnp.int32), ring.empty(y, m)
+        history = (empty, empty, jnp.zeros((m, m), dtype), zero)
+        if state is not None:
+            old = (state.d_residuals, state.d_images)
+            history = (
+                *ring.oldest_first(old, state.next_slot),
+                ring.oldest_first_both(state.gram, state.next_slot),
+                state.num_used,
+            )
         return _AndersonState(
-            d_residuals=history,
-            d_images=history,
-            gram=jnp.zeros((m, m), dtype),
+            *history,
+            next_slot=zero,
             last_residual=jtu.tree_map(
                 lambda x: jnp.zeros(x.shape, at_least_single(x.dtype)), y
             ),
             last_image=jtu.tree_map(jnp.zeros_like, y),
             last_norm=jnp.zeros((), dtype),
+            rejections=Rejections(zero, zero, zero),
         )
 
     def step(self, fn, at, args, state):
         del fn, args
         residual = difference(at.y, at.f)
-        state = self._remember(at, residual, state)
-        weights = self._weights(at, residual, state)
+        limit = jnp.asarray(self.safeguard, at.residual.dtype) * state.last_norm
+        # Also where the residual is not a number.
+        is_rejected = at.is_trial & ~(at.residual <= limit)
+        new = self._remember(at, residual, state)
+        weights = self._weights(at, residual, new)
+        is_degenerate = ~(jnp.max(jnp.abs(weights)) <= _LARGEST * at.residual)
+        is_degenerate = is_degenerate & ~is_rejected
 
-        def extrapolate(y, f, g, d_image, d_residual):
-            new = f.astype(g.dtype) - ring.combine(weights, d_image)
+        # The step starts from here, or from where the one that is taken back did.
+        here = (residual, at.f, at.residual)
+        before = (state.last_residual, state.last_image, state.last_norm)
+        base = tree_where(at.is_live & ~is_rejected, here, before)
+        is_plain = is_rejected | is_degenerate
+
+        def move(y, g, f, d_image, d_residual):
+            moved = f.astype(g.dtype) - ring.combine(weights, d_image)
+            plain = f.astype(g.dtype)
             if not (isinstance(self.damp, (int, float)) and self.damp == 0):
                 damp = jnp.asarray(self.damp, real(g.dtype)).astype(g.dtype)
-                new = new - damp * (g - ring.combine(weights, d_residual))
-            return new.astype(y.dtype)
+                plain = plain - damp * g
+                moved = moved - damp * (g - ring.combine(weights, d_residual))
+            return jnp.where(is_plain, plain, moved).astype(y.dtype)
 
-        new_y = jtu.tree_map(
-            extrapolate, at.y, at.f, residual, state.d_images, state.d_residuals
+        new_y = jtu.tree_map(move, at.y, *base[:2], new.d_images, new.d_residuals)
+        count = lambda cause: (cause & at.proceed).astype(jnp.int32)
+        causes = Rejections(
+            count(is_rejected & at.is_finite),
+            count(is_rejected & ~at.is_finite),
+            count(is_degenerate),
         )
-        plain = damped(self.damp, at.y, at.f)
-        new_y = tree_where(jnp.all(jnp.isfinite(weights)), new_y, plain)
-        return new_y, state, 0
+        is_new_start = is_degenerate & at.is_live
+        new = dataclasses.replace(
+            new,
+            num_used=jnp.where(is_new_start, 0, new.num_used),
+            last_residual=base[0],
+            last_image=base[1],
+            last_norm=base[2],
+            rejections=jtu.tree_map(jnp.add, state.rejections, causes),
+        )
+        return Step(new_y, new, is_trial=~is_plain & (new.num_used > 0))
 
     def _remember(self, at, residual, state: _AndersonState) -> _AndersonState:
-        # The first step has no predecessor: what it writes is not valid, and the slot
-        # is the last to be written again.
-        slot = (at.num_steps - 1) % self.history_length
+        """The state with the difference from the last evaluation written into it."""
+        m, dtype = self.history_length, state.gram.dtype
+        is_new = at.is_live & (at.num_steps > 0)
+        slot = (at.num_steps - 1) % m
         scale = jnp.maximum(at.residual, state.last_norm)
-        is_normal = (scale >= jnp.finfo(scale.dtype).tiny) & jnp.isfinite(scale)
-        inverse = jnp.where(is_normal, 1 / jnp.where(is_normal, scale, 1), 1)
+        is_normal = (scale >= jnp.finfo(dtype).tiny) & at.is_finite
+        inverse = 1 / jnp.where(is_normal, scale, 1)
 
         def change(new, old, rows):
             dtype = at_least_single(new.dtype)
-            difference = new.astype(dtype) - old.astype(dtype)
-            return (difference * inverse.astype(dtype)).astype(rows.dtype)
+            moved = new.astype(dtype) - old.astype(dtype)
+            # A row of zeros is not used.
+            moved = jnp.where(at.is_finite, moved, 0)
+            moved = moved * inverse.astype(real(dtype)).astype(dtype)
+            return moved.astype(rows.dtype)
 
         d_residual = jtu.tree_map(
             change, residual, state.last_residual, state.d_residuals
         )
         d_image = jtu.tree_map(change, at.f, state.last_image, state.d_images)
-        d_residuals = ring.write(state.d_residuals, slot, d_residual, at.is_live)
-        d_images = ring.write(state.d_images, slot, d_image, at.is_live)
-        row = ring.products(d_residuals, d_residual, state.gram.dtype)
+        d_residuals = ring.write(state.d_residuals, slot, d_residual, is_new)
+        row = ring.products(d_residuals, d_residual, dtype)
         # A mask, where indexing would be a scatter, which no compiler fuses.
-        is_slot = jnp.arange(self.history_length, dtype=slot.dtype) == slot
+        is_slot = is_new & (jnp.arange(m, dtype=slot.dtype) == slot)
         gram = jnp.where(is_slot[None, :], row[:, None], state.gram)
-        gram = jnp.where(is_slot[:, None], row[None, :], gram)
-        rest = (gram, residual, at.f, at.residual)
-        old = (state.gram, state.last_residual, state.last_image, state.last_norm)
-        return _AndersonState(d_residuals, d_images, *tree_where(at.is_live, rest, old))
+        num_used = jnp.minimum(state.num_used + is_new.astype(jnp.int32), m)
+        next_slot = at.num_steps % m
+        return dataclasses.replace(
+            state,
+            d_residuals=d_residuals,
+            d_images=ring.write(state.d_images, slot, d_image, is_new),
+            gram=jnp.where(is_slot[:, None], row[None, :], gram),
+            num_used=num_used,
+            next_slot=jnp.where(at.is_live, next_slot, state.next_slot),
+        )
 
     def _weights(self, at, residual, state: _AndersonState) -> Float[Array, " m"]:
         gram, m = state.gram, self.history_length
         products = ring.products(state.d_residuals, residual, gram.dtype)
         lengths = jnp.diagonal(gram)
-        is_used = (jnp.arange(m, dtype=jnp.int32) < at.num_steps) & (lengths > 0)
+        is_used = ring.ages(m, (at.num_steps - 1) % m) < state.num_used
+        is_used = is_used & (lengths > 0)
         scale = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, lengths, 1)), 0)
         cosines = gram * jnp.outer(scale, scale)
         # A row that is not used has a scale of zero, and one on the diagonal.
@@ -141,8 +215,8 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         return scale * spd_solve(cosines, scale * products, floor)
 
     def postprocess(self, y, residual, is_successful, state):
-        del is_successful, state
-        return y, residual, {}
+        del is_successful
+        return y, residual, {"rejections": state.rejections}
 
 
 Anderson.__init__.__doc__ = """**Arguments:**
@@ -153,4 +227,6 @@ Anderson.__init__.__doc__ = """**Arguments:**
 - `history_length`: The number of differences `m` that are kept, at least 1.
 - `damp`: The damping, in [0, 1). Zero moves fully to the images.
 - `ridge`: The regularisation, relative to the scale of the residuals; dimensionless.
+- `safeguard`: The factor by which an extrapolated step may raise the residual, at least
+    one; infinity takes no step back.
 """

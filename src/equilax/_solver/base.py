@@ -25,19 +25,46 @@ class Evaluation(eqx.Module, Generic[Y]):
     - `y`: The iterate.
     - `f`: `fn(y, args)`. Finite where `proceed`.
     - `residual`: The solver's norm of `f - y`, in the units of `y`.
-    - `num_steps`: The steps taken so far. The same number for all samples of a batch
-        that are live, so that `vmap` leaves it alone and an index made from it keeps an
-        update in place.
+    - `scaled`: The solver's norm of `(f - y) / (atol + rtol * |y|)`.
+    - `best`: The iterate of the smallest residual so far, this one included.
+    - `num_steps`: The steps taken so far in this solve. The same number for all samples
+        of a batch that are live, so that `vmap` leaves it alone and an index made from
+        it keeps an update in place.
     - `is_live`: Whether the solve had not ended before this evaluation.
     - `proceed`: Whether it goes on after this evaluation: a step is wanted.
+    - `is_trial`: Whether the step that led here called it a trial.
+    - `is_finite`: Whether all of `f` is. Always so where `proceed`, but for a trial.
     """
 
     y: Y
     f: Y
     residual: Scalar
+    scaled: Scalar
+    best: Y
     num_steps: IntScalar
     is_live: BoolScalar
     proceed: BoolScalar
+    is_trial: BoolScalar
+    is_finite: BoolScalar
+
+
+class Step(eqx.Module, Generic[Y, SolverState]):
+    """What a solver proposes.
+
+    **Attributes:**
+
+    - `y`: The next iterate. Ignored unless the solve goes on.
+    - `state`: The next state.
+    - `num_evals`: How often the step evaluated `fn`, or a product with its Jacobian.
+    - `is_trial`: Whether the solver can take the iterate back. A trial may be infinite,
+        not a number or far off without ending the solve: the next step is the solver's
+        answer to it.
+    """
+
+    y: Y
+    state: SolverState
+    num_evals: IntScalar | int = 0
+    is_trial: BoolScalar | bool = False
 
 
 class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
@@ -53,8 +80,18 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
     norm: AbstractVar[Norm]
 
     @abc.abstractmethod
-    def init(self, y: Y, *, max_steps: int) -> SolverState:
-        """Build the state for the initial guess `y`, without an evaluation of `fn`."""
+    def init(
+        self, y: Y, *, max_steps: int, state: SolverState | None = None
+    ) -> SolverState:
+        """Build the state for the initial guess `y`, without an evaluation of `fn`.
+
+        **Arguments:**
+
+        - `y`: The initial guess.
+        - `max_steps`: The most steps that the solve may take.
+        - `state`: That in which an earlier solve of the same or a neighbouring problem
+            ended, to learn from; `None` if there is none.
+        """
 
     @abc.abstractmethod
     def step(
@@ -63,7 +100,7 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
         at: Evaluation[Y],
         args: Args,
         state: SolverState,
-    ) -> tuple[Y, SolverState, int]:
+    ) -> Step[Y, SolverState]:
         """Propose the next iterate.
 
         **Arguments:**
@@ -75,10 +112,9 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
 
         **Returns:**
 
-        The next iterate, the next state, and how often `fn` was evaluated on the way.
-        The iterate must be finite where `at.y` and `at.f` are; it is ignored unless
-        `at.proceed`. The state must be returned unchanged unless `at.is_live`: nobody
-        else freezes it, so that a history can be written in place.
+        The next iterate, finite where `at.y` and `at.f` are, and the next state. The
+        state must be returned unchanged unless `at.is_live`: nobody else freezes it, so
+        that a history can be written in place.
         """
 
     @abc.abstractmethod

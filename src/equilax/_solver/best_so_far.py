@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -18,14 +19,14 @@ class _BestSoFarState(eqx.Module):
 
 
 class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
-    r"""Return the iterate of the smallest residual from a solve that fails.
+    r"""Return the iterate of the smallest residual, whatever ended the solve.
 
-    Without it the value of a failed solve is the last iterate. The iterates themselves
-    are those of the solver inside, and so is the value of a solve that succeeds; the
-    `residual` in `stats` is that of the value returned.
+    Every failed solve returns that, but for one that `nonfinite` ended: the value is
+    then the last iterate, at which `fn` is infinite or not a number. With this around
+    the solver it is the best iterate there too. All else is as without it.
 
-    Use it around a solver whose residual can rise, where a failed solve is used all the
-    same. Cost: no evaluation of `fn`. Memory: one `y`.
+    Use it where a failed solve is used all the same. Cost: no evaluation of `fn`.
+    Memory: one `y`.
     """
 
     solver: AbstractFixedPointSolver
@@ -50,17 +51,20 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
     def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.norm
 
-    def init(self, y, *, max_steps):
+    def init(self, y, *, max_steps, state=None):
+        old = None if state is None else state.solver_state
         inf = jnp.array(jnp.inf, residual_dtype(y))
-        return _BestSoFarState(self.solver.init(y, max_steps=max_steps), y, inf)
+        return _BestSoFarState(
+            self.solver.init(y, max_steps=max_steps, state=old), y, inf
+        )
 
     def step(self, fn, at, args, state):
-        new_y, solver_state, num = self.solver.step(fn, at, args, state.solver_state)
+        step = self.solver.step(fn, at, args, state.solver_state)
         is_best = at.is_live & (at.residual < state.residual)
         y, residual = tree_where(
             is_best, (at.y, at.residual), (state.y, state.residual)
         )
-        return new_y, _BestSoFarState(solver_state, y, residual), num
+        return dataclasses.replace(step, state=_BestSoFarState(step.state, y, residual))
 
     def postprocess(self, y, residual, is_successful, state):
         y, residual, stats = self.solver.postprocess(

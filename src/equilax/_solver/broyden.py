@@ -1,15 +1,17 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, PyTree, Scalar
+from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._check import check_integer, check_tolerances
-from .._custom_types import IntScalar, Norm, RealScalarLike, Y
-from .._dtype import residual_dtype
+from .._check import check_instance, check_integer, check_tolerances
+from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm
-from . import ring
-from .base import AbstractFixedPointSolver
+from . import factors, ring
+from .base import AbstractFixedPointSolver, Step
+from .factors import Factors
+from .line_search import AbstractLineSearch, FullStep
 
 
 # An update whose denominator is this small against its terms holds no information.
@@ -21,13 +23,25 @@ def _scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
 
 
 class _BroydenState(eqx.Module):
-    # The steps since the history began, each divided by its largest element, and their
-    # inner products: H is a product of matrices made of successive steps alone.
-    steps: PyTree[Array]
-    units: Float[Array, " m"]
-    gram: Float[Array, "m m"]
-    num_used: IntScalar
+    factors: Factors
+    next_slot: IntScalar
     num_restarts: IntScalar
+    # Of the step that led here, and of the residual where it began.
+    length: Scalar
+    start: Scalar
+
+
+class _Proposal(eqx.Module):
+    # The direction, and the inner products of the rows with it.
+    direction: PyTree[Array]
+    overlaps: Float[Array, " m"]
+    # How far it is followed in all, and how far from here.
+    length: Scalar
+    moved: Scalar
+    start: Scalar
+    has_next: Bool[Array, " m"]
+    num_used: IntScalar
+    is_restart: BoolScalar
 
 
 class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
@@ -47,6 +61,9 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
     [`equilax.Anderson`][] takes many steps. On a linear map of `n` unknowns it ends in
     up to `2 * n` steps (Gay 1979) if they fit into the history, Anderson in `n + 1`.
 
+    A `line_search` keeps it from flying off; a step of length $\lambda$ then goes into
+    the same formula. A trial takes a place in the history.
+
     Adds `num_restarts` to `stats`. Cost: one evaluation of `fn` a step, and one more
     that tests the last; besides, `2 * history_length` passes through a `y`. Memory:
     `history_length` times `y`.
@@ -56,97 +73,166 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
     atol: RealScalarLike
     norm: Norm = max_norm
     history_length: int = eqx.field(static=True, default=10)
+    line_search: AbstractLineSearch = FullStep()
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_integer("history_length", self.history_length, 1)
+        check_instance("line_search", self.line_search, AbstractLineSearch)
 
-    def init(self, y, *, max_steps):
+    def init(self, y, *, max_steps, state=None):
         del max_steps
         m, dtype = self.history_length, residual_dtype(y)
-        return _BroydenState(
-            steps=ring.empty(y, m),
-            units=jnp.ones((m,), dtype),
-            gram=jnp.zeros((m, m), dtype),
-            num_used=jnp.zeros((), jnp.int32),
-            num_restarts=jnp.zeros((), jnp.int32),
-        )
+        has_lengths = not isinstance(self.line_search, FullStep)
+        if state is None:
+            history = factors.empty(y, m, dtype, has_lengths)
+        else:
+            history = factors.resume(state.factors, state.next_slot)
+        zero = jnp.zeros((), jnp.int32)
+        inf = jnp.array(jnp.inf, dtype)
+        return _BroydenState(history, zero, zero, jnp.ones((), dtype), inf)
 
     def step(self, fn, at, args, state):
         del fn, args
+        proposed = self._propose(at, state)
+        if not isinstance(self.line_search, FullStep):
+            is_accepted = self.line_search.accepts(
+                at.residual, state.start, state.length, at.num_steps
+            )
+            is_accepted = ~at.is_trial | is_accepted
+            proposed = tree_where(is_accepted, proposed, self._shorten(at, state))
+        direction, moved = proposed.direction, proposed.moved
+        is_finite = jnp.isfinite(max_norm(direction))
+
+        def add(y, f, d):
+            step = d * moved.astype(real(d.dtype)).astype(d.dtype)
+            return jnp.where(is_finite, (y.astype(d.dtype) + step).astype(y.dtype), f)
+
+        new_y = jtu.tree_map(add, at.y, at.f, direction)
+        is_trial = self.line_search.is_trial(proposed.length)
+        return Step(new_y, self._remember(at, proposed, state), is_trial=is_trial)
+
+    def _propose(self, at, state: _BroydenState) -> _Proposal:
+        """A direction from here."""
+        m, old = self.history_length, state.factors
         residual = difference(at.y, at.f)
-        weights, last, overlaps = self._substitute(at, residual, state)
+        applied = factors.apply(old, at.num_steps % m, residual)
+        weights, overlaps, last = applied.weights, applied.overlaps, applied.last
+        is_newest = jnp.arange(m, dtype=jnp.int32) == (at.num_steps - 1) % m
+        if old.lengths is not None:
+            extra = jnp.sum(jnp.where(is_newest, old.units, 0))
+            extra = extra * last * (state.length - 1)
+            column = jnp.sum(jnp.where(is_newest[None], old.gram, 0), axis=1)
+            weights = weights + jnp.where(is_newest, extra, 0)
+            overlaps = overlaps + extra * column
         denominator = 1 - last
-        is_first = state.num_used == 0
-        is_full = state.num_used > self.history_length
         is_good = jnp.abs(denominator) > _DEGENERATE * (1 + jnp.abs(last))
-        is_good = is_good & ~is_full & ~is_first
-        scale = 1 / jnp.where(is_good, denominator, 1)
-        moved = jtu.tree_map(
-            lambda g, rows: g + ring.combine(weights, rows).astype(g.dtype),
-            residual,
-            state.steps,
+        has_step = at.num_steps > 0
+        is_secant = has_step & is_good & (old.num_used <= m)
+        scale = 1 / jnp.where(is_secant, denominator, 1)
+        is_restart = has_step & ~is_secant
+
+        def turn(g, rows):
+            new = g + ring.combine(weights, rows).astype(g.dtype)
+            new = new * scale.astype(real(g.dtype)).astype(g.dtype)
+            return jnp.where(is_restart, g, new)
+
+        one = jnp.ones((), scale.dtype)
+        return _Proposal(
+            direction=jtu.tree_map(turn, residual, old.rows),
+            overlaps=overlaps * scale,
+            length=one,
+            moved=one,
+            start=at.residual,
+            has_next=jnp.where(is_newest, is_secant, old.has_next),
+            num_used=jnp.where(is_restart, 0, old.num_used),
+            is_restart=is_restart,
         )
-        step = tree_where(is_good, _scaled(moved, scale), residual)
-        state = self._remember(at, step, overlaps * scale, is_good, is_first, state)
-        new_y = jtu.tree_map(
-            lambda y, s: (y.astype(s.dtype) + s).astype(y.dtype), at.y, step
+
+    def _shorten(self, at, state: _BroydenState) -> _Proposal:
+        """The same direction from where it began, and less of it."""
+        m, old = self.history_length, state.factors
+        newest = (at.num_steps - 1) % m
+        is_newest = jnp.arange(m, dtype=jnp.int32) == newest
+        unit = jnp.sum(jnp.where(is_newest, old.units, 0))
+        column = jnp.sum(jnp.where(is_newest[None], old.gram, 0), axis=1)
+        wide = lambda x: x.astype(at_least_single(x.dtype))
+        row = jtu.tree_map(wide, ring.read(old.rows, newest))
+        length = self.line_search.shorten(state.length)
+        # The copy that `_remember` writes stands for it: it has no factor of its own.
+        return _Proposal(
+            direction=_scaled(row, unit),
+            overlaps=column * unit,
+            length=length,
+            moved=length - state.length,
+            start=state.start,
+            has_next=old.has_next & ~is_newest,
+            num_used=old.num_used,
+            is_restart=jnp.array(False),
         )
-        is_finite = jnp.isfinite(max_norm(step))
-        return tree_where(is_finite, new_y, at.f), state, 0
 
-    def _substitute(self, at, residual, state: _BroydenState):
-        """Apply the factors of H to `residual`, in terms of inner products alone.
-
-        With $z_0 = g$ and $z_{i+1} = z_i + c_i s_{i+1}$, $c_i = s_i^T z_i / s_i^T s_i$
-        for the steps $s_i$ from the oldest to the one before the last (Kelley 1995,
-        algorithm brsol).
-
-        **Returns:**
-
-        The weight of each row in $z$, $c_i$ of the last step, and the inner products
-        of all rows with $z$.
-        """
-        m, dtype = self.history_length, state.gram.dtype
-        # By age, the oldest first: the next slot to be written is that of the oldest.
-        shift = at.num_steps % m
-        by_age = lambda x: jnp.roll(x, -shift, axis=0)
-        overlaps = by_age(ring.products(state.steps, residual, dtype))
-        units, gram = by_age(state.units), by_age(by_age(state.gram).T).T
-        num_used = jnp.minimum(state.num_used, m)
-        weights, last = [jnp.zeros((), dtype)], jnp.zeros((), dtype)
-        for i in range(m):
-            length = gram[i, i] * units[i]
-            is_used = (i >= m - num_used) & (length > 0)
-            last = jnp.where(is_used, overlaps[i] / jnp.where(is_used, length, 1), 0)
-            if i + 1 < m:
-                weight = last * units[i + 1]
-                weights.append(weight)
-                overlaps = overlaps + weight * gram[:, i + 1]
-        by_slot = lambda x: jnp.roll(x, shift, axis=0)
-        return by_slot(jnp.stack(weights)), last, by_slot(overlaps)
-
-    def _remember(self, at, step, overlaps, is_good, is_first, state: _BroydenState):
-        dtype, m = state.gram.dtype, self.history_length
+    def _remember(self, at, new: _Proposal, state: _BroydenState) -> _BroydenState:
+        old, m = state.factors, self.history_length
+        dtype = old.units.dtype
         slot = at.num_steps % m
-        size = max_norm(step).astype(dtype)
+        size = max_norm(new.direction).astype(dtype)
         unit = jnp.where((size >= jnp.finfo(dtype).tiny) & jnp.isfinite(size), size, 1)
-        row = _scaled(step, 1 / unit)
+        row = _scaled(new.direction, 1 / unit)
         is_slot = jnp.arange(m, dtype=slot.dtype) == slot
-        length = ring.products(jtu.tree_map(lambda x: x[None], row), row, dtype)[0]
-        column = jnp.where(is_slot, length, overlaps / unit)
-        gram = jnp.where(is_slot[None, :], column[:, None], state.gram)
-        gram = jnp.where(is_slot[:, None], column[None, :], gram)
-        is_restart = ~is_good & ~is_first
-        new = (
-            jnp.where(is_slot, unit, state.units),
-            gram,
-            jnp.where(is_good, state.num_used, 0) + 1,
-            state.num_restarts + (is_restart & at.proceed).astype(jnp.int32),
+        square = ring.products(jtu.tree_map(lambda x: x[None], row), row, dtype)[0]
+        column = jnp.where(is_slot, square, new.overlaps / unit)
+        gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
+        rows = ring.write(old.rows, slot, row, at.is_live)
+        lengths = old.lengths
+        if lengths is not None:
+            lengths = jnp.where(is_slot & at.is_live, new.length, lengths)
+        changed = (
+            jnp.where(is_slot, unit, old.units),
+            jnp.where(is_slot[:, None], column[None, :], gram),
+            new.has_next & ~is_slot,
+            new.num_used + 1,
+            (slot + 1) % m,
+            state.num_restarts + (new.is_restart & at.proceed).astype(jnp.int32),
+            new.length,
+            new.start,
         )
-        old = (state.units, state.gram, state.num_used, state.num_restarts)
-        steps = ring.write(state.steps, slot, row, at.is_live)
-        return _BroydenState(steps, *tree_where(at.is_live, new, old))
+        kept = (
+            old.units,
+            old.gram,
+            old.has_next,
+            old.num_used,
+            state.next_slot,
+            state.num_restarts,
+            state.length,
+            state.start,
+        )
+        units, gram, has_next, num_used, *rest = tree_where(at.is_live, changed, kept)
+        return _BroydenState(
+            Factors(rows, units, gram, has_next, lengths, num_used), *rest
+        )
+
+    def inverse_product(
+        self, state: _BroydenState, vector: PyTree[Array], *, transpose: bool = False
+    ) -> PyTree[Array]:
+        r"""Multiply by the estimate $H$ of $(J - I)^{-1}$ in which a solve ended.
+
+        **Arguments:**
+
+        - `state`: The `Solution.state` of that solve.
+        - `vector`: A tree like `y`.
+        - `transpose`: Whether to multiply by $H^T$, as a cotangent needs.
+
+        Cost: `2 * history_length` passes through a `y`.
+        """
+        old = state.factors
+        wide = lambda x: x.astype(at_least_single(x.dtype))
+        vector = jtu.tree_map(wide, vector)
+        applied = factors.apply(old, state.next_slot, vector, transpose=transpose)
+        return jtu.tree_map(
+            lambda x, rows: -(x + ring.combine(applied.weights, rows).astype(x.dtype)),
+            vector,
+            old.rows,
+        )
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful
@@ -159,4 +245,5 @@ Broyden.__init__.__doc__ = """**Arguments:**
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `history_length`: The number of updates between two new starts, at least 1.
+- `line_search`: How far to follow a direction, such as [`equilax.Backtracking`][].
 """

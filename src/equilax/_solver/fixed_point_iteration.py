@@ -7,7 +7,7 @@ from .._check import check_fraction, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import real
 from .._norm import max_norm
-from .base import AbstractFixedPointSolver
+from .base import AbstractFixedPointSolver, Step
 
 
 _State: TypeAlias = None
@@ -49,13 +49,13 @@ class FixedPointIteration(AbstractFixedPointSolver[Y, _State]):
         check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
 
-    def init(self, y, *, max_steps):
-        del y, max_steps
+    def init(self, y, *, max_steps, state=None):
+        del y, max_steps, state
         return None
 
     def step(self, fn, at, args, state):
         del fn, args
-        return damped(self.damp, at.y, at.f), state, 0
+        return Step(damped(self.damp, at.y, at.f), state)
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful, state

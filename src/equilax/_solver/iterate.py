@@ -1,5 +1,6 @@
 """The loop that every solver runs in, and the only place that judges an iterate."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import Any, Generic
@@ -40,6 +41,8 @@ class Progress(eqx.Module, Generic[Y]):
     first_residual: Scalar
     best_residual: Scalar
     best_step: IntScalar
+    best_y: Y
+    is_trial: BoolScalar
 
 
 def _is_budget(solver: AbstractFixedPointSolver) -> BoolScalar:
@@ -69,16 +72,19 @@ def _verdict(
     result = RESULTS.where(diverged & ~is_budget, RESULTS.divergence, result)
     result = RESULTS.where(converged, RESULTS.successful, result)
     result = RESULTS.where(judged.is_finite, result, RESULTS.nonfinite)
-    gave_up = (diverged | stagnated) & ~is_budget
-    return converged | ~judged.is_finite | gave_up | ran_out, result
+    gave_up = ((diverged & ~now.is_trial) | stagnated) & ~is_budget
+    is_lost = ~judged.is_finite & ~now.is_trial
+    return converged | is_lost | gave_up | ran_out, result
 
 
-def _start(solver: AbstractFixedPointSolver, y0: Y, max_steps: int) -> Progress[Y]:
+def _start(
+    solver: AbstractFixedPointSolver, max_steps: int, y0: Y, state: PyTree[Any]
+) -> Progress[Y]:
     inf = jnp.array(jnp.inf, residual_dtype(y0))
     zero = jnp.zeros((), jnp.int32)
     return Progress(
         y=y0,
-        state=solver.init(y0, max_steps=max_steps),
+        state=solver.init(y0, max_steps=max_steps, state=state),
         result=RESULTS.successful,
         is_live=jnp.array(True),
         num_steps=zero,
@@ -87,6 +93,8 @@ def _start(solver: AbstractFixedPointSolver, y0: Y, max_steps: int) -> Progress[
         first_residual=inf,
         best_residual=inf,
         best_step=zero,
+        best_y=y0,
+        is_trial=jnp.array(False),
     )
 
 
@@ -103,34 +111,47 @@ def _advance(
     # The judgement has no derivative, also where the loop is differentiated.
     y, f_seen = jax.lax.stop_gradient((now.y, f))
     judged = judge(solver, y, f_seen)
-    residual = judged.residual
-    is_best = residual < now.best_residual
-    seen = eqx.tree_at(
-        lambda p: (p.residual, p.first_residual, p.best_residual, p.best_step),
+    is_best = judged.residual < now.best_residual
+    seen = dataclasses.replace(
         now,
-        (
-            residual,
-            jnp.where(num_steps == 0, residual, now.first_residual),
-            jnp.where(is_best, residual, now.best_residual),
-            jnp.where(is_best, now.num_steps, now.best_step),
+        residual=judged.residual,
+        first_residual=jnp.where(
+            now.num_steps == 0, judged.residual, now.first_residual
         ),
+        best_residual=jnp.where(is_best, judged.residual, now.best_residual),
+        best_step=jnp.where(is_best, now.num_steps, now.best_step),
     )
     stop, result = _verdict(solver, y, judged, seen, max_steps)
-
     proceed = now.is_live & ~stop
-    at = Evaluation(now.y, f, residual, num_steps, now.is_live, proceed)
-    new_y, state, num_evals = solver.step(fn, at, args, now.state)
-    new = Progress(
-        y=tree_where(proceed, new_y, now.y),
-        state=state,
+    best_y = tree_where(now.is_live & is_best, now.y, now.best_y)
+    step = solver.step(
+        fn,
+        Evaluation(
+            now.y,
+            f,
+            judged.residual,
+            judged.scaled,
+            best_y,
+            num_steps,
+            now.is_live,
+            proceed,
+            now.is_trial,
+            judged.is_finite,
+        ),
+        args,
+        now.state,
+    )
+    num_evals = jnp.where(proceed, jnp.asarray(step.num_evals, jnp.int32), 0)
+    new = dataclasses.replace(
+        seen,
+        y=tree_where(proceed, step.y, now.y),
+        best_y=best_y,
+        state=step.state,
         result=RESULTS.where(stop, result, now.result),
         is_live=proceed,
         num_steps=now.num_steps + proceed.astype(jnp.int32),
-        num_fn_evals=now.num_fn_evals + 1 + num_evals * proceed.astype(jnp.int32),
-        residual=residual,
-        first_residual=seen.first_residual,
-        best_residual=seen.best_residual,
-        best_step=seen.best_step,
+        num_fn_evals=now.num_fn_evals + 1 + num_evals,
+        is_trial=jnp.asarray(step.is_trial),
     )
     scalars = lambda p: (
         p.result,
@@ -144,6 +165,16 @@ def _advance(
     return eqx.tree_at(scalars, new, frozen)
 
 
+def _best_on_failure(end: Progress[Y]) -> Progress[Y]:
+    """The best iterate of a solve that failed, or the last before `fn` went astray."""
+    is_last = (end.result == RESULTS.successful) | (end.result == RESULTS.nonfinite)
+    # Where no residual was ever finite there is no best.
+    is_last = is_last | jnp.isinf(end.best_residual)
+    last, best = (end.y, end.residual), (end.best_y, end.best_residual)
+    y, residual = tree_where(is_last, last, best)
+    return dataclasses.replace(end, y=y, residual=residual)
+
+
 def _refuse(solver: AbstractFixedPointSolver) -> Callable:
     def fn(y, args):
         raise ValueError(
@@ -155,22 +186,24 @@ def _refuse(solver: AbstractFixedPointSolver) -> Callable:
 
 
 def make_loop(static: Any, *, max_steps: int, is_batch: bool) -> Loop:
-    """The loop for one problem; its inputs are the arrays of `(fn, solver, y0, args)`.
+    """The loop for one problem.
+
+    Its inputs are the arrays of `(fn, solver, y0, args, state)`.
 
     **Arguments:**
 
-    - `static`: What is left of `(fn, solver, y0, args)` without its arrays.
+    - `static`: What is left of `(fn, solver, y0, args, state)` without its arrays.
     - `is_batch`: Whether `y0` is a batch that `fn` takes as one. Each sample is judged
         and moved by itself all the same.
     """
     each = per_sample(is_batch)
 
     def init(inputs) -> Progress:
-        _, solver, y0, _ = eqx.combine(inputs, static)
-        return each(lambda y0: _start(solver, y0, max_steps))(y0)
+        _, solver, y0, _, state = eqx.combine(inputs, static)
+        return each(ft.partial(_start, solver, max_steps))(y0, state)
 
     def body(num_steps, now: Progress, inputs) -> Progress:
-        fn, solver, _, args = eqx.combine(inputs, static)
+        fn, solver, _, args, _ = eqx.combine(inputs, static)
         f = fn(now.y, args)
         inner = _refuse(solver) if is_batch else fn
         advance = ft.partial(_advance, solver, inner, args, num_steps, max_steps)
@@ -187,18 +220,23 @@ def iterate(
     *,
     max_steps: int,
     is_batch: bool = False,
+    state: PyTree[Any] = None,
     run: Callable[[Loop, PyTree[Any]], Progress[Y]],
 ) -> Progress[Y]:
     """Iterate `solver` on `fn` from `y0` until it stops.
+
+    In what is returned `y` and `residual` are those to report.
 
     **Arguments:**
 
     - `fn`: Maps `(y, args)` to a tree like `y`. A pytree, all of whose arrays are
         leaves: see [`equilax._misc.hoist`][].
     - `is_batch`: Whether `y0` is a batch, along the first axis, that `fn` takes as one.
+    - `state`: That in which an earlier solve ended, or `None`.
     - `run`: Runs a [`equilax._batching.Loop`][] on its inputs: the `solve` of a
         batching strategy, or a loop that can be differentiated.
     """
-    inputs, static = eqx.partition((fn, solver, y0, args), eqx.is_array)
+    problem = (fn, solver, y0, args, state)
+    inputs, static = eqx.partition(problem, eqx.is_array)
     loop = make_loop(static, max_steps=max_steps, is_batch=is_batch)
-    return run(loop, inputs)
+    return per_sample(is_batch)(_best_on_failure)(run(loop, inputs))

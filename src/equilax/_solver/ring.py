@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, Float, Int, PyTree
 
 from .._custom_types import BoolScalar, IntScalar
 from .._dtype import at_least_single, promote
@@ -15,6 +15,23 @@ from .._dtype import at_least_single, promote
 def empty(y: PyTree[Array], size: int) -> PyTree[Array]:
     """A ring of zeros, of the dtypes of `y`."""
     return jtu.tree_map(lambda x: jnp.zeros((size, *x.shape), x.dtype), y)
+
+
+def ages(size: int, slot: IntScalar) -> Int[Array, " m"]:
+    """How many writes before that into `slot` each row was written."""
+    return (slot - jnp.arange(size, dtype=slot.dtype)) % size
+
+
+def oldest_first(ring: PyTree[Array], next_slot: IntScalar) -> PyTree[Array]:
+    """Turn a ring such that it can be written on from its first slot."""
+    return jtu.tree_map(lambda x: jnp.roll(x, -next_slot, axis=0), ring)
+
+
+def oldest_first_both(
+    gram: Float[Array, "m m"], next_slot: IntScalar
+) -> Float[Array, "m m"]:
+    """The same for products of the rows of a ring with each other."""
+    return jnp.roll(jnp.roll(gram, -next_slot, axis=0), -next_slot, axis=1)
 
 
 def products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:

@@ -6,7 +6,7 @@ from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real
 from .._misc import tree_allfinite, tree_where
 from .._norm import max_norm, two_norm
-from .base import AbstractFixedPointSolver
+from .base import AbstractFixedPointSolver, Step
 
 
 class Squarem(AbstractFixedPointSolver[Y, None]):
@@ -35,8 +35,8 @@ class Squarem(AbstractFixedPointSolver[Y, None]):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
 
-    def init(self, y, *, max_steps):
-        del y, max_steps
+    def init(self, y, *, max_steps, state=None):
+        del y, max_steps, state
         return None
 
     def step(self, fn, at, args, state):
@@ -56,7 +56,8 @@ class Squarem(AbstractFixedPointSolver[Y, None]):
         far = jtu.tree_map(extrapolate, y, r, v, at.y)
         image = fn(far, args)
         second = tree_where(tree_allfinite(second), second, at.f)
-        return tree_where(tree_allfinite((far, image)), image, second), state, 2
+        new_y = tree_where(tree_allfinite((far, image)), image, second)
+        return Step(new_y, state, num_evals=2)
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful, state

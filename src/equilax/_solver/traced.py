@@ -1,3 +1,4 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
@@ -49,17 +50,18 @@ class Traced(AbstractFixedPointSolver[Y, _TracedState]):
     def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.norm
 
-    def init(self, y, *, max_steps):
+    def init(self, y, *, max_steps, state=None):
+        old = None if state is None else state.solver_state
         trace = jnp.full((max_steps + 1,), jnp.nan, residual_dtype(y))
-        return _TracedState(self.solver.init(y, max_steps=max_steps), trace)
+        return _TracedState(self.solver.init(y, max_steps=max_steps, state=old), trace)
 
     def step(self, fn, at, args, state):
-        new_y, solver_state, num = self.solver.step(fn, at, args, state.solver_state)
+        step = self.solver.step(fn, at, args, state.solver_state)
         k = at.num_steps
         old = lax.dynamic_index_in_dim(state.trace, k, 0, keepdims=False)
         new = jnp.where(at.is_live, at.residual, old)
         trace = lax.dynamic_update_index_in_dim(state.trace, new, k, 0)
-        return new_y, _TracedState(solver_state, trace), num
+        return dataclasses.replace(step, state=_TracedState(step.state, trace))
 
     def postprocess(self, y, residual, is_successful, state):
         y, residual, stats = self.solver.postprocess(
