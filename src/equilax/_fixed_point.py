@@ -10,12 +10,11 @@ from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._failure import Kind, raise_if_failed
 from ._misc import any_varying, per_sample
 from ._solution import RESULTS, Solution
-from ._solver import AbstractFixedPointSolver, iterate
+from ._solver import AbstractFixedPointSolver, check_solver_state, iterate
 from ._trace import (
     as_state,
     check_axis_names,
     check_batch,
-    check_solver_state,
     move,
     trace,
     ValueOf,

@@ -1,6 +1,5 @@
 """From what a user hands in to a function and a state that a loop can run."""
 
-from collections.abc import Callable
 from typing import Any, Generic
 
 import equinox as eqx
@@ -11,8 +10,7 @@ from jaxtyping import Array, PyTree
 
 from ._batching import AbstractBatching
 from ._custom_types import Y
-from ._misc import hoist, Hoisted, struct, vary_over, varying
-from ._solver import AbstractFixedPointSolver
+from ._misc import hoist, Hoisted, vary_over, varying
 
 
 class ValueOf(eqx.Module, Generic[Y]):
@@ -144,29 +142,4 @@ def check_axis_names(hoisted: Hoisted, batching: AbstractBatching):
             f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
             f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
             "`batching=equilax.Vmapped()`."
-        )
-
-
-def check_solver_state(
-    solver: AbstractFixedPointSolver,
-    y0: PyTree[Array],
-    state: PyTree[Any],
-    max_steps: int,
-    each: Callable,
-):
-    """Refuse a `state` that no solve by `solver` of a `y0` like this one ended in."""
-
-    def init(y, state):
-        return each(lambda y, s: solver.init(y, max_steps=max_steps, state=s))(y, state)
-
-    expected = eqx.filter_eval_shape(init, y0, None)
-    try:
-        got = eqx.filter_eval_shape(init, y0, state)
-    except (AttributeError, TypeError, ValueError):
-        got = None
-    if got is None or not eqx.tree_equal(struct(got), struct(expected)):
-        raise ValueError(
-            f"`state` must be the `Solution.state` of a solve by "
-            f"`{type(solver).__name__}` with the same history and a `y0` of the same "
-            f"shapes and dtypes; got {struct(state)}."
         )

@@ -16,3 +16,4 @@ from .line_search import (
 )
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
+from .warm_start import check_solver_state as check_solver_state
