@@ -15,6 +15,7 @@ from ._batching import (
 from ._fixed_point import fixed_point as fixed_point
 from ._linear import (
     FixedPointLinearSolver as FixedPointLinearSolver,
+    KrylovLinearSolver as KrylovLinearSolver,
     Neumann as Neumann,
 )
 from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_norm
@@ -29,6 +30,8 @@ from ._solver import (
     Broyden as Broyden,
     FixedPointIteration as FixedPointIteration,
     FullStep as FullStep,
+    Newton as Newton,
+    NewtonKrylov as NewtonKrylov,
     Squarem as Squarem,
     Traced as Traced,
 )

@@ -10,10 +10,11 @@ import lineax as lx
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
-from .._dtype import promote, real, rounding
+from .._dtype import rounding
 from .._linear import AbstractMatrixFreeSolver
 from .._misc import any_varying, per_sample, struct
 from .._norm import divisor, max_norm
+from .._ravel import raveller
 from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
 from .base import Problem
@@ -25,38 +26,6 @@ from .outcome import checked
 # Without that a singular system would pass, whose solution grows until this is so.
 _ROUNDING_UNITS = 64
 _STOPPED_SHORT = 1e-3
-
-
-def _raveller(tree: PyTree[jax.ShapeDtypeStruct]) -> tuple[Callable, Callable]:
-    """Functions from arrays of the structure `tree` to one real vector and back.
-
-    One vector, since the transpose of `lax.custom_linear_solve` fails on a tree of
-    which some leaf does not depend on the tangent. Real, since the Jacobian of a
-    function of complex numbers is linear over the reals only.
-    """
-    leaves, treedef = jtu.tree_flatten(tree)
-    is_complex = [jnp.issubdtype(x.dtype, jnp.complexfloating) for x in leaves]
-    reals = [real(x.dtype) for x in leaves]
-    dtype = promote(*reals)
-
-    def ravel(tree):
-        parts = []
-        for x, c in zip(jtu.tree_leaves(tree), is_complex, strict=True):
-            parts += [jnp.real(x), jnp.imag(x)] if c else [x]
-        return jnp.concatenate([x.reshape(-1).astype(dtype) for x in parts])
-
-    def unravel(vector):
-        parts, start = [], 0
-        for leaf, c, part in zip(leaves, is_complex, reals, strict=True):
-            pieces = []
-            for _ in range(1 + c):
-                piece = lax.slice_in_dim(vector, start, start + leaf.size)
-                pieces.append(piece.reshape(leaf.shape).astype(part))
-                start += leaf.size
-            parts.append(lax.complex(*pieces) if c else pieces[0])
-        return jtu.tree_unflatten(treedef, parts)
-
-    return ravel, unravel
 
 
 def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
@@ -156,9 +125,9 @@ def solve_linear_system(
     _, product = jax.linearize(lambda y: problem.fn(y, problem.args), y)
     if problem.is_batch:
         sample = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rhs)
-        ravel, unravel = map(jax.vmap, _raveller(sample))
+        ravel, unravel = map(jax.vmap, raveller(sample))
     else:
-        ravel, unravel = _raveller(struct(rhs))
+        ravel, unravel = raveller(struct(rhs))
 
     def mv(t):
         return t - ravel(product(unravel(t)))

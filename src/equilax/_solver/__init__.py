@@ -14,6 +14,8 @@ from .line_search import (
     Backtracking as Backtracking,
     FullStep as FullStep,
 )
+from .newton import Newton as Newton
+from .newton_krylov import NewtonKrylov as NewtonKrylov
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
 from .warm_start import check_solver_state as check_solver_state

@@ -26,7 +26,8 @@ class Evaluation(eqx.Module, Generic[Y]):
     - `f`: `fn(y, args)`. Finite where `proceed`.
     - `residual`: The solver's norm of `f - y`, in the units of `y`.
     - `scaled`: The solver's norm of `(f - y) / (atol + rtol * |y|)`.
-    - `best`: The iterate of the smallest residual so far, this one included.
+    - `best`, `best_residual`: The iterate of the smallest residual so far, this one
+        included, and that residual.
     - `num_steps`: The steps taken so far in this solve. The same number for all samples
         of a batch that are live, so that `vmap` leaves it alone and an index made from
         it keeps an update in place.
@@ -41,6 +42,7 @@ class Evaluation(eqx.Module, Generic[Y]):
     residual: Scalar
     scaled: Scalar
     best: Y
+    best_residual: Scalar
     num_steps: IntScalar
     is_live: BoolScalar
     proceed: BoolScalar

@@ -132,6 +132,7 @@ def _advance(
             judged.residual,
             judged.scaled,
             best_y,
+            seen.best_residual,
             num_steps,
             now.is_live,
             proceed,

@@ -1,0 +1,101 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+
+from .._check import check_integer, check_nonnegative
+from .._custom_types import RealScalarLike
+from .._dtype import residual_dtype
+from .._krylov import gmres
+from .._misc import per_sample, struct
+from .._norm import two_norm
+from .._ravel import raveller
+from .._solution import RESULTS, Solution
+from .base import AbstractMatrixFreeSolver
+
+
+# The recurrence that stops GMRES and the residual that judges it differ by rounding.
+_SLACK = 2.0
+
+
+class KrylovLinearSolver(AbstractMatrixFreeSolver):
+    r"""GMRES, restarted: solve $A u = v$ for any $A$ that is not singular.
+
+    Minimises $\|v - A u\|_2$ over the span of $v, A v, A^2 v, \dots$ (Saad and Schultz
+    1986, algorithm 4), with Gram and Schmidt's orthogonalisation done twice. Complex
+    systems are solved in real and imaginary parts. What is returned has been tested:
+    `successful` is a residual that was evaluated. If a cycle of `restart` products
+    gains nothing it is `stagnation`, as for a rotation of more than `restart` axes.
+
+    Use it where $I - A$ does not contract, and a fixed point of it cannot be iterated.
+    Where it does, [`equilax.FixedPointLinearSolver`][] passes through less memory. In
+    `shard_map`, half precision and under `jax.export` it works, where
+    [`lineax.GMRES`][] does not.
+
+    Cost: a product with $A$ a step, and one more that tests the solution; besides,
+    `4 * restart` passes through a `v` a step. Memory: `restart + 3` times `v`.
+    """
+
+    rtol: RealScalarLike | None = None
+    atol: RealScalarLike = 0.0
+    restart: int = eqx.field(static=True, default=20)
+    max_steps: int = eqx.field(static=True, default=512)
+
+    def __check_init__(self):
+        if self.rtol is not None:
+            check_nonnegative("rtol", self.rtol)
+        check_nonnegative("atol", self.atol)
+        check_integer("restart", self.restart, 1)
+        check_integer("max_steps", self.max_steps, 1)
+
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+        each = per_sample(is_batch)
+        sample = struct(vector)
+        if is_batch:
+            cut = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+            sample = jtu.tree_map(cut, sample)
+        ravel, unravel = map(each, raveller(sample))
+        flat = ravel(vector)
+        rtol = tolerance if self.rtol is None else self.rtol
+        dtype = residual_dtype(vector)
+        limit = jnp.asarray(rtol, dtype) + jnp.asarray(self.atol, dtype)
+        limit = jnp.broadcast_to(limit, flat.shape[:-1])
+        end = gmres(
+            lambda x: ravel(mv(unravel(x))),
+            flat,
+            tolerance=limit,
+            restart=self.restart,
+            max_steps=self.max_steps,
+            batching=batching,
+            is_batch=is_batch,
+        )
+        allowed = _SLACK * limit * each(two_norm)(flat).astype(dtype)
+
+        def judge(residual, allowed, num_steps):
+            ran_out = num_steps >= self.max_steps
+            result = RESULTS.where(
+                ran_out, RESULTS.max_steps_reached, RESULTS.stagnation
+            )
+            result = RESULTS.where(residual <= allowed, RESULTS.successful, result)
+            is_finite = jnp.isfinite(residual)
+            return RESULTS.where(is_finite, result, RESULTS.nonfinite)
+
+        stats = {
+            "num_steps": end.num_steps,
+            "num_fn_evals": end.num_steps + 1,
+            "max_steps": self.max_steps,
+            "residual": end.residual,
+        }
+        result = each(judge)(end.residual, allowed, end.num_steps)
+        value = unravel(end.value.astype(flat.dtype))
+        return Solution(value, result, None, stats, None)
+
+
+KrylovLinearSolver.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: The residual to reach, relative to the right-hand side, both in the two-norm.
+    `None` is, for an adjoint, the relative tolerance that its forward solve had.
+- `atol`: Added to `rtol`: a linear solve knows no other scale than its right-hand side.
+- `restart`: The vectors that are kept, at least 1.
+- `max_steps`: The most products with the matrix.
+"""

@@ -1,0 +1,89 @@
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+import lineax as lx
+
+from .._check import check_instance, check_tolerances
+from .._custom_types import Norm, RealScalarLike, Y
+from .._dtype import at_least_single
+from .._misc import difference
+from .._norm import max_norm, two_norm
+from . import descent
+from .base import AbstractFixedPointSolver, Step
+from .descent import Descent
+from .line_search import AbstractLineSearch, Backtracking
+
+
+class Newton(AbstractFixedPointSolver[Y, Descent]):
+    r"""Newton's method, with the whole Jacobian.
+
+    $y_{k+1} = y_k + \lambda_k d_k, \qquad (I - J(y_k))\, d_k = f(y_k) - y_k$
+
+    with $\lambda_k$ from the `line_search` (Dennis and Schnabel 1983, algorithm
+    D6.1.3). Near a solution at which $I - J$ is not singular the error is squared in
+    every step. Where it is singular, and the linear solver has no finite answer, the
+    step is one of the plain iteration.
+
+    Use it for small systems, of up to a hundred unknowns or so, and where nothing else
+    converges. For large ones take [`equilax.NewtonKrylov`][], which needs products
+    alone; where `fn` contracts, [`equilax.Anderson`][] costs less. An `fn` of the whole
+    batch (`batch_axis`) is refused.
+
+    Adds `num_shortened`, the trials that the line search took back, to `stats`. Cost:
+    for `n` unknowns an evaluation of `fn`, a linearisation and `n` products with the
+    Jacobian a step, each counted as one evaluation, and the solution of a dense system.
+    Memory: `n` times `y`, twice.
+    """
+
+    rtol: RealScalarLike
+    atol: RealScalarLike
+    norm: Norm = max_norm
+    linear_solver: lx.AbstractLinearSolver = lx.LU()
+    line_search: AbstractLineSearch = Backtracking()
+    tags: frozenset[object] = eqx.field(static=True, default=frozenset())
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        check_instance("linear_solver", self.linear_solver, lx.AbstractLinearSolver)
+        check_instance("line_search", self.line_search, AbstractLineSearch)
+
+    def init(self, y, *, max_steps, state=None):
+        del max_steps, state
+        return descent.begin(y)
+
+    def step(self, fn, at, args, state):
+        system = descent.linearise(fn, at, args)
+        num_unknowns = system.rhs.size
+        size = two_norm(difference(at.y, at.f)).astype(state.start.dtype)
+        # Lineax's direct solvers have no half precision.
+        dtype = at_least_single(system.rhs.dtype)
+        unit = jnp.eye(num_unknowns, dtype=system.rhs.dtype)
+        matrix = jax.vmap(system.mv, out_axes=1)(unit).astype(dtype)
+        # Without `lineax.linear_solve`: no derivative is asked of it, and its primitive
+        # does not work inside `shard_map` (Lineax 0.1.1).
+        operator = lx.MatrixLinearOperator(matrix, self.tags)
+        factors = self.linear_solver.init(operator, {})
+        found, _, _ = self.linear_solver.compute(factors, system.rhs.astype(dtype), {})
+        wide = lambda x: x.astype(at_least_single(x.dtype))
+        direction = jtu.tree_map(wide, system.unravel(found.astype(system.rhs.dtype)))
+        is_refused = descent.is_taken_back(self.line_search, at, size, state)
+        new_y, state, is_trial = descent.follow(
+            self.line_search, at, size, state, is_refused, direction
+        )
+        return Step(new_y, state, num_evals=num_unknowns + 1, is_trial=is_trial)
+
+    def postprocess(self, y, residual, is_successful, state):
+        del is_successful
+        return y, residual, {"num_shortened": state.num_shortened}
+
+
+Newton.__init__.__doc__ = """**Arguments:**
+
+- `rtol`: Relative tolerance, dimensionless. May be a traced scalar.
+- `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
+- `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
+- `linear_solver`: Any Lineax solver, which is given the matrix $I - J$.
+- `line_search`: How far to follow a direction, such as [`equilax.Backtracking`][].
+- `tags`: Lineax tags of $I - J$, for a linear solver that asks for them.
+"""
