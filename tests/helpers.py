@@ -8,8 +8,17 @@ import jax.random as jr
 import numpy as np
 
 
-def solver_list(rtol, atol):
+def every_solver(rtol, atol):
     """One of each solver; a new one joins here, and so runs against everything."""
+    return solver_list(rtol, atol) | {
+        "newton": eqlx.Newton(rtol, atol),
+        "newton_krylov": eqlx.NewtonKrylov(rtol, atol, restart=6),
+        "auto": eqlx.Auto(rtol, atol, restart=6),
+    }
+
+
+def solver_list(rtol, atol):
+    """Those that evaluate `fn` once a step, and nothing else of it."""
     return {
         "picard": eqlx.FixedPointIteration(rtol, atol),
         "damped": eqlx.FixedPointIteration(rtol, atol, damp=0.3),

@@ -15,6 +15,7 @@ _NAMES = {
     "AbstractLineSearch",
     "Aitken",
     "Anderson",
+    "Auto",
     "Backtracking",
     "BestSoFar",
     "Broyden",

@@ -9,10 +9,10 @@ import pytest
 
 from .helpers import (
     dense_sensitivity,
+    every_solver,
     newton,
     optimised_hlo,
     relative_error,
-    solver_list,
     tanh_cell,
     tanh_problem,
 )
@@ -27,7 +27,7 @@ _strategies = {
 strategies = pytest.mark.parametrize(
     "batching", _strategies.values(), ids=list(_strategies)
 )
-solvers = pytest.mark.parametrize("name", list(solver_list(0.0, 0.0)))
+solvers = pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))
 
 
 def _affine(y, args):
@@ -79,7 +79,7 @@ def test_a_batch_has_the_values_of_newton(getkey, batching, name):
     num, size = 9, 6
     w, _ = tanh_problem(getkey(), size, 0.9)
     xs = jr.normal(getkey(), (num, size)) * jnp.linspace(0.01, 3, num)[:, None]
-    solver = solver_list(0.0, 1e-11)[name]
+    solver = every_solver(0.0, 1e-11)[name]
 
     def solve(x):
         return eqlx.fixed_point(
@@ -365,7 +365,7 @@ def test_a_history_is_written_in_place(name, row):
     def solve(x):
         return eqlx.fixed_point(
             tanh_cell,
-            solver_list(0.0, 1e-6)[name],
+            every_solver(0.0, 1e-6)[name],
             jnp.zeros(size, jnp.float32),
             (w, x),
             max_steps=40,

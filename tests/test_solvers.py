@@ -7,10 +7,10 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from .helpers import is_successful, newton, solver_list, tanh_cell, tanh_problem
+from .helpers import every_solver, is_successful, newton, tanh_cell, tanh_problem
 
 
-_names = list(solver_list(0.0, 0.0))
+_names = list(every_solver(0.0, 0.0))
 solvers = pytest.mark.parametrize("name", _names)
 
 
@@ -18,7 +18,7 @@ solvers = pytest.mark.parametrize("name", _names)
 def test_finds_the_fixed_point_of_a_cell(getkey, name):
     args = tanh_problem(getkey(), 20, 0.8)
     sol = eqlx.fixed_point(
-        tanh_cell, solver_list(0.0, 1e-12)[name], jnp.zeros(20), args
+        tanh_cell, every_solver(0.0, 1e-12)[name], jnp.zeros(20), args
     )
     expected = newton(tanh_cell, jnp.zeros(20), args)
     assert is_successful(sol)
@@ -34,7 +34,7 @@ def test_linear_maps(getkey, name, rho):
     a = (q * spectrum[None]) @ q.T
     b = jr.normal(getkey(), (8,))
     expected = np.linalg.solve(np.eye(8) - a, b)
-    solver = solver_list(0.0, 1e-10)[name]
+    solver = every_solver(0.0, 1e-10)[name]
     sol = eqlx.fixed_point(
         lambda y, c: c[0] @ y + c[1], solver, jnp.zeros(8), (a, b), max_steps=4000
     )
@@ -47,7 +47,7 @@ def test_the_residual_reported_is_that_of_the_value_returned(getkey, name):
     for max_steps in (1, 2, 3, 10, 400):
         sol = eqlx.fixed_point(
             tanh_cell,
-            solver_list(0.0, 1e-8)[name],
+            every_solver(0.0, 1e-8)[name],
             jnp.ones(6),
             args,
             max_steps=max_steps,
@@ -62,7 +62,7 @@ def test_the_residual_reported_is_that_of_the_value_returned(getkey, name):
 def test_a_start_at_the_solution_takes_no_step(name):
     start = jnp.full(3, 2.0)
     sol = eqlx.fixed_point(
-        lambda y, _: 0.5 * y + 1, solver_list(1e-8, 1e-8)[name], start
+        lambda y, _: 0.5 * y + 1, every_solver(1e-8, 1e-8)[name], start
     )
     assert is_successful(sol)
     assert sol.stats["num_steps"] == 0
@@ -74,7 +74,7 @@ def test_a_start_at_the_solution_takes_no_step(name):
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64])
 def test_keeps_the_dtype_of_y0_and_reaches_its_precision(name, dtype):
     eps = float(jnp.finfo(dtype).eps)
-    solver = solver_list(4 * eps, 4 * eps)[name]
+    solver = every_solver(4 * eps, 4 * eps)[name]
     sol = eqlx.fixed_point(lambda y, _: jnp.cos(y), solver, jnp.ones(3, dtype))
     assert sol.value.dtype == dtype
     assert sol.stats["residual"].dtype == max(jnp.float32, dtype, key=jnp.dtype)
@@ -90,7 +90,7 @@ def test_complex_iterates(name, dtype):
     b = jnp.array([1 - 2j, 0.5j], dtype)
     tol = 10 * float(jnp.finfo(dtype).eps)
     sol = eqlx.fixed_point(
-        lambda y, c: c[0] @ y + c[1], solver_list(0.0, tol)[name], 0 * b, (a, b)
+        lambda y, c: c[0] @ y + c[1], every_solver(0.0, tol)[name], 0 * b, (a, b)
     )
     expected = np.linalg.solve(np.eye(2) - np.asarray(a), np.asarray(b))
     assert sol.value.dtype == dtype
@@ -102,7 +102,7 @@ def test_complex_iterates(name, dtype):
 def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, scale):
     a = 0.8 * jnp.linalg.qr(jr.normal(getkey(), (6, 6)))[0].astype(jnp.float32)
     b = jr.normal(getkey(), (6,)).astype(jnp.float32)
-    solver = solver_list(1e-5, 0.0)[name]
+    solver = every_solver(1e-5, 0.0)[name]
     fn = lambda y, c: a @ y + c
     unit = eqlx.fixed_point(fn, solver, jnp.zeros(6, jnp.float32), b)
     scaled = eqlx.fixed_point(
@@ -110,8 +110,10 @@ def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, scale
     )
     expected = np.linalg.solve(np.eye(6) - np.asarray(a, np.float64), b)
     assert is_successful(scaled)
-    # An element may pass through zero, where a relative test takes more steps.
-    assert abs(scaled.stats["num_steps"] - unit.stats["num_steps"]) <= 2
+    # An element may pass through zero, where a relative test takes more steps. Newton's
+    # method is at rounding after one, and each one more is another throw.
+    slack = 5 if name == "newton" else 2
+    assert abs(scaled.stats["num_steps"] - unit.stats["num_steps"]) <= slack
     error = np.max(np.abs(np.asarray(scaled.value, np.float64) / scale - expected))
     assert error < 1e-4 * np.max(np.abs(expected))
 
@@ -125,7 +127,7 @@ def test_pytrees_with_leaves_of_several_shapes_and_dtypes(name):
         coupled = 0.3 * a + 0.2 * b.astype(a.dtype) + c
         return {"a": coupled, "b": (0.5 * b + jnp.float32(1), empty)}
 
-    sol = eqlx.fixed_point(fn, solver_list(1e-7, 1e-7)[name], y0, 2.0)
+    sol = eqlx.fixed_point(fn, every_solver(1e-7, 1e-7)[name], y0, 2.0)
     assert jnp.allclose(sol.value["b"][0], 2.0, rtol=1e-6)
     assert jnp.allclose(sol.value["a"], 2.4 / 0.7, rtol=1e-6)
     assert sol.value["b"][1].shape == (0, 4)
@@ -134,7 +136,7 @@ def test_pytrees_with_leaves_of_several_shapes_and_dtypes(name):
 @solvers
 def test_an_empty_array_is_converged(name):
     sol = eqlx.fixed_point(
-        lambda y, _: 0.5 * y, solver_list(1e-6, 1e-6)[name], jnp.zeros(0)
+        lambda y, _: 0.5 * y, every_solver(1e-6, 1e-6)[name], jnp.zeros(0)
     )
     assert is_successful(sol)
     assert sol.value.shape == (0,)
@@ -147,7 +149,7 @@ def test_tolerances_may_be_traced_and_do_not_recompile(name):
     @jax.jit
     def run(tol):
         traces.append(None)
-        solver = solver_list(tol, tol)[name]
+        solver = every_solver(tol, tol)[name]
         return eqlx.fixed_point(lambda y, _: jnp.cos(y), solver, jnp.ones(2))
 
     loose, tight = run(jnp.array(1e-3)), run(jnp.array(1e-10))

@@ -15,9 +15,9 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from .helpers import (
     batch_reference,
+    every_solver,
     optimised_hlo,
     relative_error,
-    solver_list,
     tanh_cell,
     tanh_problem,
 )
@@ -28,7 +28,7 @@ _adjoints = {
     "implicit": eqlx.ImplicitAdjoint(),
     "neumann": eqlx.ImplicitAdjoint(eqlx.Neumann(60)),
 }
-solvers = pytest.mark.parametrize("name", list(solver_list(0.0, 0.0)))
+solvers = pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))
 adjoints = pytest.mark.parametrize("adjoint", _adjoints.values(), ids=list(_adjoints))
 meshes = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 _COLLECTIVES = re.compile(r"all-reduce|all-gather|reduce-scatter|collective|all-to-all")
@@ -44,7 +44,7 @@ def _solve(w, x, *, name="anderson", adjoint=_adjoints["implicit"], **kwargs):
     tol = 1e-11 if x.dtype == jnp.float64 else 1e-6
     return eqlx.fixed_point(
         tanh_cell,
-        solver_list(0.0, tol)[name],
+        every_solver(0.0, tol)[name],
         jnp.zeros(_size, x.dtype),
         (w, x),
         adjoint=adjoint,
@@ -88,7 +88,7 @@ def test_values_and_steps_in_shard_map(getkey, axis_type, check_vma, name):
     # A counter that kept the type of a replicated one would be the first device's.
     true = np.max(np.abs(np.tanh(value @ w.T + xs) - value), axis=1)
     assert np.allclose(residual, true, atol=1e-15)
-    assert len(set(steps.tolist())) > 2
+    assert len(set(steps.tolist())) > (1 if "newton" in name else 2)
 
 
 @meshes

@@ -25,6 +25,7 @@ from ._solver import (
     AbstractLineSearch as AbstractLineSearch,
     Aitken as Aitken,
     Anderson as Anderson,
+    Auto as Auto,
     Backtracking as Backtracking,
     BestSoFar as BestSoFar,
     Broyden as Broyden,

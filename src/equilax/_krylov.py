@@ -21,12 +21,13 @@ _NO_GAIN = 0.99
 
 class _Carry(eqx.Module):
     # Of a system whose right-hand side has length one. The triangle is the factorised
-    # Hessenberg matrix, the identity where it hasn't been filled; `rhs` is what it is
-    # to be solved for, with the residual at its end.
+    # Hessenberg matrix, the identity where it hasn't been filled; `rotation` is the
+    # product of Givens' that made it so, and `rhs` what it is to be solved for, with
+    # the residual at its end.
     x: Float[Array, " n"]
     basis: Float[Array, "m_plus_1 n"]
     triangle: Float[Array, "m m"]
-    rotations: Float[Array, "m 2"]
+    rotation: Float[Array, "m_plus_1 m_plus_1"]
     rhs: Float[Array, " m_plus_1"]
     num_filled: IntScalar
     estimate: Scalar
@@ -59,7 +60,7 @@ def _start(restart: int, vector: Float[Array, " n"], tolerance: Scalar) -> _Carr
         x=jnp.zeros_like(vector),
         basis=basis,
         triangle=jnp.eye(restart, dtype=dtype),
-        rotations=jnp.zeros((restart, 2), dtype),
+        rotation=jnp.eye(restart + 1, dtype=dtype),
         rhs=jnp.zeros((restart + 1,), dtype).at[0].set(norm),
         num_filled=zero,
         estimate=norm,
@@ -72,17 +73,23 @@ def _start(restart: int, vector: Float[Array, " n"], tolerance: Scalar) -> _Carr
 def _coordinates(now: _Carry) -> Float[Array, " m"]:
     """The solution in the basis of this cycle, by back substitution."""
     size = now.triangle.shape[0]
-    is_filled = jnp.arange(size, dtype=jnp.int32) < now.num_filled
-    rhs = jnp.where(is_filled, now.rhs[:size], 0)
-    found: list[Scalar] = [rhs[0]] * size
-    for i in reversed(range(size)):
-        value = rhs[i]
-        for j in range(i + 1, size):
-            value = value - now.triangle[i, j] * found[j]
-        pivot = now.triangle[i, i]
+    index = jnp.arange(size, dtype=jnp.int32)
+    rhs = jnp.where(index < now.num_filled, now.rhs[:size], 0)
+
+    # Column by column, from the last: what is left of the right-hand side.
+    def body(k, carry):
+        left, found = carry
+        i = size - 1 - k
+        column = lax.dynamic_index_in_dim(now.triangle, i, 1, keepdims=False)
+        is_here = index == i
+        pivot = jnp.sum(jnp.where(is_here, column, 0))
+        value = jnp.sum(jnp.where(is_here, left, 0))
         # A pivot of zero is a direction that the matrix takes to nothing.
-        found[i] = jnp.where(pivot == 0, 0, value / jnp.where(pivot == 0, 1, pivot))
-    return jnp.stack(found)
+        value = jnp.where(pivot == 0, 0, value / jnp.where(pivot == 0, 1, pivot))
+        return left - value * column, jnp.where(is_here, value, found)
+
+    _, found = lax.fori_loop(0, size, body, (rhs, jnp.zeros_like(rhs)))
+    return found
 
 
 def _moved(now: _Carry) -> Float[Array, " n"]:
@@ -108,31 +115,30 @@ def _rotate(now: _Carry, column: IntScalar, entries, norm):
     """Bring a column of the Hessenberg matrix to upper triangular form (Givens)."""
     size = now.triangle.shape[0]
     index = jnp.arange(size + 1, dtype=column.dtype)
-    entries = jnp.where(index == column + 1, norm, entries)
-    values = [entries[i] for i in range(size + 1)]
-    for i in range(size):
-        c, s = now.rotations[i, 0], now.rotations[i, 1]
-        is_old = i < column
-        upper = c * values[i] + s * values[i + 1]
-        lower = c * values[i + 1] - s * values[i]
-        values[i] = jnp.where(is_old, upper, values[i])
-        values[i + 1] = jnp.where(is_old, lower, values[i + 1])
-    entries = jnp.stack(values)
-    at = lambda x, k: jnp.sum(jnp.where(index == k, x, 0))
-    a, b = at(entries, column), at(entries, column + 1)
+    is_here, is_next = index == column, index == column + 1
+    entries = jnp.where(is_next, norm, entries)
+    exact = lax.Precision.HIGHEST
+    entries = jnp.matmul(now.rotation, entries, precision=exact)
+    pick = lambda x, mask: jnp.sum(jnp.where(mask, x, 0), axis=-1)
+    a, b = pick(entries, is_here), pick(entries, is_next)
     length = jnp.hypot(a, b)
-    c = jnp.where(length == 0, 1, a / jnp.where(length == 0, 1, length))
-    s = jnp.where(length == 0, 0, b / jnp.where(length == 0, 1, length))
-    entries = jnp.where(index == column, length, entries)
-    old = at(now.rhs, column)
-    rhs = jnp.where(index == column, c * old, now.rhs)
-    rhs = jnp.where(index == column + 1, -s * old, rhs)
-    is_column = index[:size] == column
-    filled = jnp.where(index[:size] <= column, entries[:size], 0)
-    triangle = jnp.where(is_column[None], filled[:, None], now.triangle)
-    rotation = jnp.stack([c, s])
-    rotations = jnp.where(is_column[:, None], rotation[None], now.rotations)
-    return triangle, rotations, rhs, jnp.abs(s * old)
+    divisor = jnp.where(length == 0, 1, length)
+    c, s = jnp.where(length == 0, 1, a / divisor), b / divisor
+
+    def turn(x):
+        upper, lower = pick(x.T, is_here), pick(x.T, is_next)
+        here, following = (
+            m.reshape(-1, *(1,) * (x.ndim - 1)) for m in (is_here, is_next)
+        )
+        x = jnp.where(here, c * upper + s * lower, x)
+        return jnp.where(following, c * lower - s * upper, x)
+
+    rhs = turn(now.rhs)
+    filled = jnp.where(is_here, length, entries)
+    filled = jnp.where(index <= column, filled, 0)[:size]
+    triangle = jnp.where(is_here[None, :size], filled[:, None], now.triangle)
+    estimate = jnp.abs(pick(rhs, is_next))
+    return triangle, turn(now.rotation), rhs, estimate
 
 
 def _advance(
@@ -158,7 +164,7 @@ def _advance(
 
     begun = (
         jnp.eye(size, dtype=row.dtype),
-        jnp.zeros_like(now.rotations),
+        jnp.eye(size + 1, dtype=row.dtype),
         jnp.zeros_like(now.rhs).at[0].set(norm),
         norm,
         jnp.zeros((), jnp.int32),
@@ -166,7 +172,7 @@ def _advance(
     )
     grown = (*_rotate(now, column, entries, norm), now.num_filled + 1, now.at_restart)
     changed = tree_where(is_new_cycle, begun, grown)
-    triangle, rotations, rhs, estimate, num_filled, at_restart = changed
+    triangle, rotation, rhs, estimate, num_filled, at_restart = changed
     num_steps = now.num_steps + 1
     is_stuck = is_new_cycle & (norm > _NO_GAIN * now.at_restart)
     # Also false where the estimate is not a number.
@@ -175,7 +181,7 @@ def _advance(
         now.x,
         now.basis,
         triangle,
-        rotations,
+        rotation,
         rhs,
         num_filled,
         estimate,
@@ -238,7 +244,7 @@ def gmres(
     inputs, static = eqx.partition(
         (hoist(mv, vector), scaled, tolerance.astype(dtype)), eqx.is_array
     )
-    size = min(restart, vector.shape[-1])
+    size = max(1, min(restart, vector.shape[-1]))
 
     def init(inputs):
         _, vector, tolerance = eqx.combine(inputs, static)

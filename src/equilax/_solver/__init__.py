@@ -1,5 +1,6 @@
 from .aitken import Aitken as Aitken
 from .anderson import Anderson as Anderson
+from .auto import Auto as Auto
 from .base import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
     Evaluation as Evaluation,

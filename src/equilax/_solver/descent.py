@@ -10,11 +10,22 @@ import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._custom_types import BoolScalar, IntScalar, Y
-from .._dtype import at_least_single, real, residual_dtype
-from .._misc import difference, struct, tree_allfinite, tree_where
+from .._dtype import at_least_single, real, residual_dtype, rounding
+from .._misc import (
+    difference,
+    struct,
+    tree_allfinite,
+    tree_where,
+    vary_over,
+    varying,
+)
+from .._norm import two_norm
 from .._ravel import raveller
 from .base import Evaluation
 from .line_search import AbstractLineSearch
+
+
+_ROUNDING_UNITS = 8
 
 
 class Descent(eqx.Module):
@@ -51,7 +62,9 @@ def is_taken_back(
 ) -> BoolScalar:
     """Whether the search refuses the iterate, with a residual of two-norm `size`."""
     is_accepted = search.accepts(size, state.start, state.length, at.num_steps)
-    return at.is_trial & ~is_accepted
+    # At the level of rounding there is no descent to be seen.
+    floor = _ROUNDING_UNITS * rounding(at.y) * two_norm(at.y).astype(size.dtype)
+    return at.is_trial & ~is_accepted & ~(size <= floor)
 
 
 def follow(
@@ -128,6 +141,10 @@ def linearise(fn: Callable[[Y, Any], Y], at: Evaluation[Y], args: Any) -> System
     _, product = jax.linearize(lambda y: fn(y, args), y)
 
     def mv(t):
-        return t - ravel(product(unravel(t))).astype(t.dtype)
+        # A tangent varies over the mesh axes over which `y` does.
+        tangent = jtu.tree_map(
+            lambda x, like: vary_over(x, varying(like)), unravel(t), y
+        )
+        return t - ravel(product(tangent)).astype(t.dtype)
 
     return System(mv, ravel(difference(y, f)), unravel)

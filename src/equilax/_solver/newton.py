@@ -3,11 +3,12 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array
 
 from .._check import check_instance, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single
-from .._misc import difference
+from .._misc import any_varying, difference
 from .._norm import max_norm, two_norm
 from . import descent
 from .base import AbstractFixedPointSolver, Step
@@ -39,13 +40,14 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
     rtol: RealScalarLike
     atol: RealScalarLike
     norm: Norm = max_norm
-    linear_solver: lx.AbstractLinearSolver = lx.LU()
+    linear_solver: lx.AbstractLinearSolver | None = None
     line_search: AbstractLineSearch = Backtracking()
     tags: frozenset[object] = eqx.field(static=True, default=frozenset())
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
-        check_instance("linear_solver", self.linear_solver, lx.AbstractLinearSolver)
+        if self.linear_solver is not None:
+            check_instance("linear_solver", self.linear_solver, lx.AbstractLinearSolver)
         check_instance("line_search", self.line_search, AbstractLineSearch)
 
     def init(self, y, *, max_steps, state=None):
@@ -56,15 +58,11 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
         system = descent.linearise(fn, at, args)
         num_unknowns = system.rhs.size
         size = two_norm(difference(at.y, at.f)).astype(state.start.dtype)
-        # Lineax's direct solvers have no half precision.
+        # Direct solvers have no half precision.
         dtype = at_least_single(system.rhs.dtype)
         unit = jnp.eye(num_unknowns, dtype=system.rhs.dtype)
         matrix = jax.vmap(system.mv, out_axes=1)(unit).astype(dtype)
-        # Without `lineax.linear_solve`: no derivative is asked of it, and its primitive
-        # does not work inside `shard_map` (Lineax 0.1.1).
-        operator = lx.MatrixLinearOperator(matrix, self.tags)
-        factors = self.linear_solver.init(operator, {})
-        found, _, _ = self.linear_solver.compute(factors, system.rhs.astype(dtype), {})
+        found = self._solve(matrix, system.rhs.astype(dtype))
         wide = lambda x: x.astype(at_least_single(x.dtype))
         direction = jtu.tree_map(wide, system.unravel(found.astype(system.rhs.dtype)))
         is_refused = descent.is_taken_back(self.line_search, at, size, state)
@@ -72,6 +70,17 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
             self.line_search, at, size, state, is_refused, direction
         )
         return Step(new_y, state, num_evals=num_unknowns + 1, is_trial=is_trial)
+
+    def _solve(self, matrix: Array, rhs: Array) -> Array:
+        if self.linear_solver is None:
+            return jnp.linalg.solve(matrix, rhs)
+        if any_varying(matrix, rhs):
+            raise ValueError(
+                f"`linear_solver={type(self.linear_solver).__name__}` does not work "
+                "inside `jax.shard_map` (Lineax 0.1.1): take `linear_solver=None`."
+            )
+        operator = lx.MatrixLinearOperator(matrix, self.tags)
+        return lx.linear_solve(operator, rhs, self.linear_solver, throw=False).value
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful
@@ -83,7 +92,8 @@ Newton.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, dimensionless. May be a traced scalar.
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
-- `linear_solver`: Any Lineax solver, which is given the matrix $I - J$.
+- `linear_solver`: Any Lineax solver, which is given the matrix $I - J$. `None` is
+    Gaussian elimination by `jax.numpy.linalg.solve`, which works inside `shard_map`.
 - `line_search`: How far to follow a direction, such as [`equilax.Backtracking`][].
 - `tags`: Lineax tags of $I - J$, for a linear solver that asks for them.
 """
