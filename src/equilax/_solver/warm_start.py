@@ -29,5 +29,5 @@ def check_solver_state(
         raise ValueError(
             f"`state` must be the `Solution.state` of a solve by "
             f"`{type(solver).__name__}` with the same history and a `y0` of the same "
-            f"shapes and dtypes; got {struct(state)}."
+            f"shapes and dtypes; got a {type(state).__name__}."
         )
