@@ -12,18 +12,19 @@ from .helpers import is_successful
 def _by_hand(fn, y, num_steps, m, safeguard):
     """Type II by dense least squares, with the step back: iterates and rejections."""
     iterates, d_g, d_f = [y], [], []
-    base, is_trial, num_rejected = None, False, 0
+    base: list = []
+    is_trial, num_rejected = False, 0
     for _ in range(num_steps):
         f = fn(y)
         g = f - y
-        if base is not None:
+        if base:
             d_g.append(g - base[0])
             d_f.append(f - base[1])
             d_g, d_f = d_g[-m:], d_f[-m:]
         if is_trial and np.max(np.abs(g)) > safeguard * np.max(np.abs(base[0])):
             y, is_trial, num_rejected = base[1], False, num_rejected + 1
         else:
-            base = (g, f)
+            base = [g, f]
             y = f
             if d_g:
                 left = np.stack(d_g, axis=1)

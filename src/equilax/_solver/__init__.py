@@ -1,6 +1,8 @@
 from .aitken import Aitken as Aitken
 from .anderson import Anderson as Anderson
+from .anderson_type_i import AndersonTypeI as AndersonTypeI
 from .auto import Auto as Auto
+from .bad_broyden import BadBroyden as BadBroyden
 from .base import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
     Evaluation as Evaluation,
@@ -17,6 +19,7 @@ from .line_search import (
 )
 from .newton import Newton as Newton
 from .newton_krylov import NewtonKrylov as NewtonKrylov
+from .reversible import Reversible as Reversible
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
 from .warm_start import check_solver_state as check_solver_state

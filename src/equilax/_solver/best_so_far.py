@@ -60,7 +60,7 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
 
     def step(self, fn, at, args, state):
         step = self.solver.step(fn, at, args, state.solver_state)
-        is_best = at.is_live & (at.residual < state.residual)
+        is_best = at.is_live & (at.residual <= state.residual)
         y, residual = tree_where(
             is_best, (at.y, at.residual), (state.y, state.residual)
         )

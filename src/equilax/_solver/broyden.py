@@ -182,10 +182,13 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         square = ring.products(jtu.tree_map(lambda x: x[None], row), row, dtype)[0]
         column = jnp.where(is_slot, square, new.overlaps / unit)
         gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
-        rows = ring.write(old.rows, slot, row, at.is_live)
+        # After the last evaluation nothing begins anew: the history serves the next
+        # solve.
+        is_kept = at.is_live & (at.proceed | ~new.is_restart)
+        rows = ring.write(old.rows, slot, row, is_kept)
         lengths = old.lengths
         if lengths is not None:
-            lengths = jnp.where(is_slot & at.is_live, new.length, lengths)
+            lengths = jnp.where(is_slot & is_kept, new.length, lengths)
         changed = (
             jnp.where(is_slot, unit, old.units),
             jnp.where(is_slot[:, None], column[None, :], gram),
@@ -206,7 +209,7 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
             state.length,
             state.start,
         )
-        units, gram, has_next, num_used, *rest = tree_where(at.is_live, changed, kept)
+        units, gram, has_next, num_used, *rest = tree_where(is_kept, changed, kept)
         return _BroydenState(
             Factors(rows, units, gram, has_next, lengths, num_used), *rest
         )

@@ -98,6 +98,20 @@ def _start(
     )
 
 
+def _freeze(now: Progress[Y], new: Progress[Y]) -> Progress[Y]:
+    """What nothing else keeps as it was when the solve has ended."""
+    scalars = lambda p: (
+        p.result,
+        p.num_fn_evals,
+        p.residual,
+        p.first_residual,
+        p.best_residual,
+        p.best_step,
+    )
+    frozen = tree_where(now.is_live, scalars(new), scalars(now))
+    return eqx.tree_at(scalars, new, frozen)
+
+
 def _advance(
     solver: AbstractFixedPointSolver,
     fn: Callable[[Y, Args], Y],
@@ -123,7 +137,9 @@ def _advance(
     )
     stop, result = _verdict(solver, y, judged, seen, max_steps)
     proceed = now.is_live & ~stop
-    best_y = tree_where(now.is_live & is_best, now.y, now.best_y)
+    # Of equals the last, which has come further.
+    is_best_y = now.is_live & (judged.residual <= now.best_residual)
+    best_y = tree_where(is_best_y, now.y, now.best_y)
     step = solver.step(
         fn,
         Evaluation(
@@ -154,16 +170,7 @@ def _advance(
         num_fn_evals=now.num_fn_evals + 1 + num_evals,
         is_trial=jnp.asarray(step.is_trial),
     )
-    scalars = lambda p: (
-        p.result,
-        p.num_fn_evals,
-        p.residual,
-        p.first_residual,
-        p.best_residual,
-        p.best_step,
-    )
-    frozen = tree_where(now.is_live, scalars(new), scalars(now))
-    return eqx.tree_at(scalars, new, frozen)
+    return _freeze(now, new)
 
 
 def _best_on_failure(end: Progress[Y]) -> Progress[Y]:

@@ -114,8 +114,17 @@ class FixedPointLayer(eqx.Module):
         *,
         z0: PyTree[Array] | None = None,
         key: PRNGKeyArray | None = None,
+        state: PyTree[Any] = None,
     ) -> Solution:
-        """As calling the layer, but returns the whole [`equilax.Solution`][]."""
+        """As calling the layer, but returns the whole [`equilax.Solution`][].
+
+        **Arguments:**
+
+        - `x`, `z0`, `key`: As for calling the layer.
+        - `state`: The `Solution.state` of an earlier solve, to go on with what it
+            learnt of the cell: with its `value` as `z0`, from frame to frame, say.
+            Keyword only argument.
+        """
         key = key if _takes_key(self.cell) else None
         args = (self.cell, x, key)
         return fixed_point(
@@ -127,6 +136,7 @@ class FixedPointLayer(eqx.Module):
             adjoint=self.adjoint,
             batching=self.batching,
             throw=self.throw,
+            state=state,
         )
 
     def _start(self, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:

@@ -1,0 +1,1 @@
+from .gmres import gmres as gmres, Krylov as Krylov
