@@ -13,7 +13,7 @@ def every_solver(rtol, atol):
     return solver_list(rtol, atol) | {
         "newton": eqlx.Newton(rtol, atol),
         "newton_krylov": eqlx.NewtonKrylov(rtol, atol, restart=6),
-        "auto": eqlx.Auto(rtol, atol, restart=6),
+        "auto": eqlx.Auto(rtol, atol, history_length=3, restart=6),
     }
 
 
@@ -31,6 +31,11 @@ def solver_list(rtol, atol):
         "best_so_far": eqlx.BestSoFar(eqlx.Anderson(rtol, atol)),
         "traced": eqlx.Traced(eqlx.FixedPointIteration(rtol, atol)),
     }
+
+
+def each_with_one(names, others, thorough=("picard", "anderson", "auto")):
+    """Pairs: every name with the first of `others`, some names with all of them."""
+    return [(n, o) for n in names for o in (others if n in thorough else others[:1])]
 
 
 def tanh_cell(z, args):

@@ -11,6 +11,7 @@ import pytest
 from .helpers import (
     Counted,
     dense_sensitivity,
+    each_with_one,
     newton,
     optimised_hlo,
     relative_error,
@@ -72,9 +73,11 @@ def test_forward_mode_is_the_dense_inverse(getkey, name, dtype, tol, bound):
     assert relative_error(jax.jit(jax.jacfwd(solve))(args), dense) < bound
 
 
-@pytest.mark.parametrize("name", list(solver_list(0.0, 0.0)))
-@precisions
-def test_the_solver_does_not_matter(getkey, name, dtype, tol, bound):
+@pytest.mark.parametrize(
+    ("name", "precision"), each_with_one(solver_list(0.0, 0.0), list(_precisions))
+)
+def test_the_solver_does_not_matter(getkey, name, precision):
+    dtype, tol, bound = _precisions[precision]
     solver = solver_list(0.0, tol)[name]
     adjoint = eqlx.ImplicitAdjoint()
     solve, args, dense = _case(getkey, dtype, tol, adjoint, solver)
@@ -262,9 +265,10 @@ def test_checkpointing_is_the_derivative_of_the_steps_taken():
     assert jnp.allclose(g_b, 2 * (1 - 0.5**5))
 
 
-@pytest.mark.parametrize("checkpoints", [None, 2])
-@pytest.mark.parametrize("name", list(solver_list(0.0, 0.0)))
-def test_checkpointing_converges_to_the_implicit_gradient(getkey, checkpoints, name):
+@pytest.mark.parametrize(
+    ("name", "checkpoints"), each_with_one(solver_list(0.0, 0.0), [None, 2])
+)
+def test_checkpointing_converges_to_the_implicit_gradient(getkey, name, checkpoints):
     adjoint = eqlx.RecursiveCheckpointAdjoint(checkpoints)
     solver = solver_list(0.0, 1e-13)[name]
     solve, args, dense = _case(getkey, jnp.float64, 0.0, adjoint, solver)

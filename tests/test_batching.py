@@ -9,6 +9,7 @@ import pytest
 
 from .helpers import (
     dense_sensitivity,
+    each_with_one,
     every_solver,
     newton,
     optimised_hlo,
@@ -27,7 +28,6 @@ _strategies = {
 strategies = pytest.mark.parametrize(
     "batching", _strategies.values(), ids=list(_strategies)
 )
-solvers = pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))
 
 
 def _affine(y, args):
@@ -73,9 +73,12 @@ def test_every_sample_takes_its_own_steps_to_its_own_value(batching, size):
     assert np.max(np.abs(sol.stats["residual"] - true), initial=0) < 1e-14
 
 
-@strategies
-@solvers
-def test_a_batch_has_the_values_of_newton(getkey, batching, name):
+@pytest.mark.parametrize(
+    ("name", "strategy"),
+    each_with_one(every_solver(0.0, 0.0), ["small_stages", "lockstep", "vmapped"]),
+)
+def test_a_batch_has_the_values_of_newton(getkey, name, strategy):
+    batching = _strategies[strategy]
     num, size = 9, 6
     w, _ = tanh_problem(getkey(), size, 0.9)
     xs = jr.normal(getkey(), (num, size)) * jnp.linspace(0.01, 3, num)[:, None]
@@ -354,7 +357,14 @@ def test_derivatives_in_any_nesting_with_vmap(batching):
 
 
 @pytest.mark.parametrize(
-    ("name", "row"), [("anderson", "5,32"), ("broyden", "10,32"), ("traced", "41")]
+    ("name", "row"),
+    [
+        ("anderson", "5,32"),
+        ("type_i", "5,32"),
+        ("broyden", "10,32"),
+        ("bad_broyden", "10,32"),
+        ("traced", "41"),
+    ],
 )
 def test_a_history_is_written_in_place(name, row):
     # Rings of 5 x B x d and traces of 41 x B are the largest arrays: a copy of one in a

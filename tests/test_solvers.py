@@ -27,7 +27,7 @@ def test_finds_the_fixed_point_of_a_cell(getkey, name):
 
 
 @solvers
-@pytest.mark.parametrize("rho", [0.5, 0.9, 0.99])
+@pytest.mark.parametrize("rho", [0.5, 0.99])
 def test_linear_maps(getkey, name, rho):
     q, _ = jnp.linalg.qr(jr.normal(getkey(), (8, 8)))
     spectrum = jnp.linspace(-rho, rho, 8)
@@ -44,7 +44,7 @@ def test_linear_maps(getkey, name, rho):
 @solvers
 def test_the_residual_reported_is_that_of_the_value_returned(getkey, name):
     args = tanh_problem(getkey(), 6, 0.9)
-    for max_steps in (1, 2, 3, 10, 400):
+    for max_steps in (1, 4, 400):
         sol = eqlx.fixed_point(
             tanh_cell,
             every_solver(0.0, 1e-8)[name],
@@ -98,8 +98,9 @@ def test_complex_iterates(name, dtype):
 
 
 @solvers
-@pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12, 1e30])
-def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, scale):
+@pytest.mark.parametrize("exponent", [-100, 100])
+def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, exponent):
+    scale = 2.0**exponent  # Which rounds nothing.
     a = 0.8 * jnp.linalg.qr(jr.normal(getkey(), (6, 6)))[0].astype(jnp.float32)
     b = jr.normal(getkey(), (6,)).astype(jnp.float32)
     solver = every_solver(1e-5, 0.0)[name]
@@ -110,10 +111,7 @@ def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, scale
     )
     expected = np.linalg.solve(np.eye(6) - np.asarray(a, np.float64), b)
     assert is_successful(scaled)
-    # An element may pass through zero, where a relative test takes more steps. Newton's
-    # method is at rounding after one, and each one more is another throw.
-    slack = 5 if name == "newton" else 2
-    assert abs(scaled.stats["num_steps"] - unit.stats["num_steps"]) <= slack
+    assert scaled.stats["num_steps"] == unit.stats["num_steps"]
     error = np.max(np.abs(np.asarray(scaled.value, np.float64) / scale - expected))
     assert error < 1e-4 * np.max(np.abs(expected))
 

@@ -15,6 +15,7 @@ from jax.sharding import AxisType, PartitionSpec as P
 
 from .helpers import (
     batch_reference,
+    each_with_one,
     every_solver,
     optimised_hlo,
     relative_error,
@@ -28,7 +29,6 @@ _adjoints = {
     "implicit": eqlx.ImplicitAdjoint(),
     "neumann": eqlx.ImplicitAdjoint(eqlx.Neumann(60)),
 }
-solvers = pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))
 adjoints = pytest.mark.parametrize("adjoint", _adjoints.values(), ids=list(_adjoints))
 meshes = pytest.mark.parametrize("axis_type", [AxisType.Auto, AxisType.Explicit])
 _COLLECTIVES = re.compile(r"all-reduce|all-gather|reduce-scatter|collective|all-to-all")
@@ -70,10 +70,15 @@ def _put(mesh, w, xs):
     return place(w, P()), place(xs, P("b"))
 
 
-@meshes
-@pytest.mark.parametrize("check_vma", [True, False])
-@solvers
-def test_values_and_steps_in_shard_map(getkey, axis_type, check_vma, name):
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    each_with_one(
+        every_solver(0.0, 0.0),
+        [(t, c) for c in (True, False) for t in (AxisType.Auto, AxisType.Explicit)],
+    ),
+)
+def test_values_and_steps_in_shard_map(getkey, name, kind):
+    axis_type, check_vma = kind
     w, xs = _batch(getkey)
     mesh = _mesh(axis_type)
 

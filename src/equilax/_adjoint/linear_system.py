@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .._dtype import rounding
-from .._linear import AbstractMatrixFreeSolver
+from .._linear import AbstractMatrixFreeSolver, is_at_rounding
 from .._misc import any_varying, per_sample, struct
 from .._norm import divisor, max_norm
 from .._ravel import raveller
@@ -19,13 +19,6 @@ from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
 from .base import Problem
 from .outcome import checked
-
-
-# An adjoint that stopped at the level of rounding of its solution is as good as its
-# dtype allows, provided that the residual is also small beside the right-hand side.
-# Without that a singular system would pass, whose solution grows until this is so.
-_ROUNDING_UNITS = 64
-_STOPPED_SHORT = 1e-3
 
 
 def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
@@ -46,11 +39,8 @@ def _matrix_free(
     tolerance = each(ft.partial(_tolerance, problem.solver))(y)
 
     def accept(value, result, residual, vector):
-        eps = rounding(vector)
-        size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
-        floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value), size)
-        is_at_floor = residual <= floor.astype(residual.dtype)
-        is_usable = (result == RESULTS.stagnation) & is_at_floor
+        is_usable = is_at_rounding(value, residual, vector)
+        is_usable = is_usable & (result == RESULTS.stagnation)
         is_usable = is_usable | (result == RESULTS.successful)
         return checked(value, result, is_usable, problem.throw)
 

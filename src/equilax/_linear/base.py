@@ -2,12 +2,32 @@ import abc
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._batching import AbstractBatching, Staged
+from .._custom_types import BoolScalar
 from .._dtype import rounding
+from .._norm import max_norm
 from .._solution import RESULTS, Solution
+
+
+# A solve that stopped at the level of rounding of its solution is as good as its dtype
+# allows, provided that the residual is also small beside the right-hand side. Without
+# that a singular system would pass, whose solution grows until this is so.
+_ROUNDING_UNITS = 64
+_STOPPED_SHORT = 1e-3
+
+
+def is_at_rounding(
+    value: PyTree[Array], residual: Scalar, vector: PyTree[Array]
+) -> BoolScalar:
+    """Whether a solution of `vector` with this `residual` cannot be bettered."""
+    eps = rounding(vector)
+    size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
+    floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value), size)
+    return residual <= floor.astype(residual.dtype)
 
 
 class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):

@@ -119,7 +119,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         memory, is_new, is_restart = self._remember(at, residual, state)
         is_used = low_rank.used(memory, at.num_steps - 1)
         overlaps = ring.products(memory.steps, residual, dtype)
-        weights = memory.inverse @ jnp.where(is_used, overlaps, 0)
+        weights = low_rank.multiply(memory.inverse, jnp.where(is_used, overlaps, 0))
         is_degenerate = ~(jnp.max(jnp.abs(weights)) <= _LARGEST * at.residual)
         is_degenerate = is_degenerate & ~is_rejected
 

@@ -5,6 +5,7 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._custom_types import BoolScalar, IntScalar
@@ -76,19 +77,24 @@ def append(
     products = lambda rows, x: jnp.where(is_used, ring.products(rows, x, dtype), 0)
     square = inner(row, row, dtype)
     square = jnp.where(square > 0, square, 1)
-    left = old.inverse @ products(old.steps, surprise)
+    left = multiply(old.inverse, products(old.steps, surprise))
     across = products(old.changes, row)
     # r^T B^-1 z / r^T r, by which a whole step would change the determinant: Powell's
     # gamma, less one.
-    excess = (inner(row, surprise, dtype) + across @ left) / square
+    excess = (inner(row, surprise, dtype) + multiply(across, left)) / square
     bound = jnp.where(1 + excess < 0, -least, least)
     is_far = jnp.abs(1 + excess) >= least
     theta = jnp.where(is_far, 1, (bound - 1) / jnp.where(is_far, 1, excess))
     # The matrix of which `inverse` is the inverse gets a row and a column more.
     left = jnp.where(is_slot, 1, -theta * left)
-    right = jnp.where(is_slot, 1, across @ old.inverse)
+    right = jnp.where(is_slot, 1, multiply(across, old.inverse))
     pivot = square * (1 + theta * excess)
     return theta, square, old.inverse + jnp.outer(left, right) / pivot
+
+
+def multiply(a: Array, b: Array) -> Array:
+    """A product of small matrices and vectors, exact on every device."""
+    return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
 
 
 def scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
