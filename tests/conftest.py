@@ -23,3 +23,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 def getkey(request):
     """Fresh keys, the same ones in every run of the same test."""
     return eqxi.GetKey(seed=zlib.crc32(request.node.nodeid.encode()) >> 1)
+
+
+_num_tests = 0
+
+
+def pytest_runtest_teardown(item):
+    """Let go of compiled programs, which a process can map only so many of."""
+    del item
+    global _num_tests
+    _num_tests += 1
+    if _num_tests % 60 == 0:
+        jax.clear_caches()

@@ -62,6 +62,28 @@ def test_comes_back_from_a_method_that_gains_nothing():
     assert sol.stats["num_switches"] >= 2
 
 
+@pytest.mark.parametrize("scale", [4.0, 10.0])
+def test_newton_is_tried_before_it_is_judged(getkey, scale):
+    # Linear maps that nothing but Newton's method solves: Anderson is far astray when
+    # the methods change.
+    n, num = 18, 16
+    maps = scale * jr.normal(getkey(), (num, n, n)) / n**0.5
+    c = jr.normal(getkey(), (num, n))
+    solve = lambda a, c: eqlx.fixed_point(
+        lambda y, _: a @ y + c,
+        eqlx.Auto(0.0, 1e-8),
+        jnp.zeros(n),
+        max_steps=150,
+        throw=False,
+    )
+    sol = jax.jit(jax.vmap(solve))(maps, c)
+    assert np.all(sol.result == eqlx.RESULTS.successful)
+    for a, c_i, y in zip(maps, c, sol.value, strict=True):
+        inverse = np.linalg.inv(np.eye(n) - np.asarray(a))
+        bound = 1e-8 * np.abs(inverse).sum(1).max()
+        assert np.max(np.abs(y - inverse @ np.asarray(c_i))) < bound
+
+
 def test_leaves_a_place_where_fn_has_no_value():
     # Anderson's plain step from the start leaves the domain; Newton's, searching, not.
     fn = lambda y, _: y - 3 * (jnp.log(y) - 1)

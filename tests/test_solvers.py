@@ -98,7 +98,7 @@ def test_complex_iterates(name, dtype):
 
 
 @solvers
-@pytest.mark.parametrize("exponent", [-100, 100])
+@pytest.mark.parametrize("exponent", [-80, 80])
 def test_the_scale_of_the_problem_does_not_matter_in_float32(getkey, name, exponent):
     scale = 2.0**exponent  # Which rounds nothing.
     a = 0.8 * jnp.linalg.qr(jr.normal(getkey(), (6, 6)))[0].astype(jnp.float32)

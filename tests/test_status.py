@@ -5,6 +5,7 @@ from typing import Any
 import equilax as eqlx
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from .helpers import is_successful
@@ -80,6 +81,24 @@ def test_a_map_that_turns_nonfinite_is_caught_at_that_step(bad, max_steps):
     assert sol.result == eqlx.RESULTS.nonfinite
     assert sol.stats["num_steps"] == 3
     assert sol.value == 3  # The last iterate that was finite.
+
+
+def test_a_trial_at_the_last_step_is_not_what_is_returned():
+    # The fourth iterate is an extrapolation to where the map has no value; from there
+    # Anderson's method goes back, if it may take another step.
+    def fn(y, _):
+        return jnp.where(y > 1.0005, jnp.nan, jnp.sqrt(y) + 0.9 * (y - jnp.sqrt(y)))
+
+    best = np.inf
+    for max_steps in (3, 4, 5):
+        sol = _solve(
+            fn, jnp.array(0.3), max_steps=max_steps, solver=eqlx.Anderson, rtol=1e-6
+        )
+        assert sol.result == eqlx.RESULTS.max_steps_reached
+        residual = float(jnp.abs(fn(sol.value, None) - sol.value))
+        assert np.isclose(sol.stats["residual"], residual, rtol=1e-12)
+        assert residual <= best
+        best = residual
 
 
 def test_one_bad_element_among_many_is_seen():

@@ -121,6 +121,17 @@ def test_every_solver_takes_its_own_state_back(getkey, name):
     assert np.max(np.abs(moved.value - expected)) < 1e-8
 
 
+@learners
+def test_a_state_from_a_solve_that_met_not_a_number_harms_no_other(getkey, name):
+    args = _cell(getkey)
+    bad = _solve(name, (args[0], args[1] * jnp.nan))
+    assert bad.result == eqlx.RESULTS.nonfinite
+    cold = _solve(name, args)
+    sol = _solve(name, args, state=bad.state)
+    assert is_successful(sol)
+    assert sol.stats["num_steps"] <= cold.stats["num_steps"] + 1
+
+
 @pytest.mark.parametrize("name", ["anderson", "broyden"])
 def test_states_of_a_batch_in_a_scan(getkey, name):
     # Frames that drift: each solve starts from the last, with what that one learnt.

@@ -19,13 +19,15 @@ _SLACK = 2.0
 
 
 class KrylovLinearSolver(AbstractMatrixFreeSolver):
-    r"""GMRES, restarted: solve $A u = v$ for any $A$ that is not singular.
+    r"""GMRES, restarted: solve $A u = v$ without a contraction.
 
     Minimises $\|v - A u\|_2$ over the span of $v, A v, A^2 v, \dots$ (Saad and Schultz
     1986, algorithm 4), with Gram and Schmidt's orthogonalisation done twice. Complex
     systems are solved in real and imaginary parts. What is returned has been tested:
-    `successful` is a residual that was evaluated. If a cycle of `restart` products
-    gains nothing it is `stagnation`, as for a rotation of more than `restart` axes.
+    `successful` is a residual that was evaluated. With a `restart` of at least `n` it
+    solves any system of `n` unknowns that is not singular. With less it may gain
+    nothing in a cycle, which is `stagnation`, even for a system that is well
+    conditioned: a larger `restart` is the remedy.
 
     Use it where $I - A$ does not contract, and a fixed point of it cannot be iterated.
     Where it does, [`equilax.FixedPointLinearSolver`][] passes through less memory. In
@@ -38,7 +40,7 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
 
     rtol: RealScalarLike | None = None
     atol: RealScalarLike = 0.0
-    restart: int = eqx.field(static=True, default=20)
+    restart: int = eqx.field(static=True, default=50)
     max_steps: int = eqx.field(static=True, default=512)
 
     def __check_init__(self):

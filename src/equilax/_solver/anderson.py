@@ -128,12 +128,13 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         new = self._remember(at, residual, state)
         weights = self._weights(at, residual, new)
         is_degenerate = ~(jnp.max(jnp.abs(weights)) <= _LARGEST * at.residual)
-        is_degenerate = is_degenerate & ~is_rejected
+        is_degenerate = is_degenerate & ~is_rejected & at.is_finite
 
         # The step starts from here, or from where the one that is taken back did.
         here = (residual, at.f, at.residual)
         before = (state.last_residual, state.last_image, state.last_norm)
-        base = tree_where(at.is_live & ~is_rejected, here, before)
+        is_base = at.is_live & ~is_rejected & at.is_finite
+        base = tree_where(is_base, here, before)
         is_plain = is_rejected | is_degenerate
 
         def move(y, g, f, d_image, d_residual):

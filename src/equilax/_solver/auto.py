@@ -1,20 +1,21 @@
 import dataclasses
+import math
 
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Float, Scalar
+from jaxtyping import Array
 
-from .._batching import if_wanted
 from .._check import check_integer, check_tolerances
 from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm, two_norm
-from . import descent
+from . import descent, phase
 from .anderson import _AndersonState, Anderson
 from .base import AbstractFixedPointSolver, Step
 from .newton_krylov import _NewtonKrylovState, NewtonKrylov
+from .phase import Phase
 
 
 # The methods, cheapest first but for the last, which is for what defeats the others.
@@ -23,22 +24,16 @@ _ANDERSON, _NEWTON, _PLAIN = 0, 1, 2
 # measured over this many steps at a time. Chosen on the problems of tests/problems.py.
 _SLOW = 0.75
 _WINDOW = 9
-# Any slope is worse than that of what hasn't been tried.
-_UNKNOWN = 1e9
+# A solve that led astray so often has ended.
+_PATIENCE = 20
 
 
 class _AutoState(eqx.Module):
     anderson: _AndersonState
     newton: _NewtonKrylovState
-    method: IntScalar
-    # The logarithm of the factor by which each method changed the residual with each
-    # evaluation, when it was last in use.
-    slopes: Float[Array, "3"]
-    # Of the present method: steps, evaluations, and the best residual before them.
-    num_steps: IntScalar
-    num_evals: IntScalar
-    best: Scalar
+    phase: Phase
     num_switches: IntScalar
+    # Whether the present method called the iterate one.
     is_trial: BoolScalar
 
 
@@ -55,9 +50,10 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
     factor an evaluation of `fn` reduces the residual. Where nine steps of Anderson's
     average more than 0.75 it tries a step of [`equilax.NewtonKrylov`][], and from then
     on takes the one that gains more an evaluation, measured again after each step of
-    Newton's and every nine of Anderson's; where neither gains anything, the plain
-    iteration. Anderson learns from every evaluation, whoever asked for it. Whenever the
-    methods change far from the best iterate, the next begins there.
+    Newton's and every nine of Anderson's. What gains nothing, or leads to where `fn`
+    has no value, gives way to the next, and after both to the plain iteration. Anderson
+    learns from every evaluation, whoever asked for it. If the method changes far from
+    the best iterate, the next begins there.
 
     Use it if you do not know your problem, or if the samples of a batch are of very
     different difficulty: nothing of Newton's is computed unless a sample of the batch
@@ -73,7 +69,7 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
     atol: RealScalarLike
     norm: Norm = max_norm
     history_length: int = eqx.field(static=True, default=10)
-    restart: int = eqx.field(static=True, default=20)
+    restart: int = eqx.field(static=True, default=30)
 
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
@@ -86,26 +82,21 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
         return anderson, NewtonKrylov(*shared, restart=self.restart)
 
     def init(self, y, *, max_steps, state=None):
-        dtype = residual_dtype(y)
         zero = jnp.zeros((), jnp.int32)
         anderson, newton = self._methods()
         old = None if state is None else state.anderson
         return _AutoState(
             anderson=anderson.init(y, max_steps=max_steps, state=old),
             newton=newton.init(y, max_steps=max_steps),
-            method=zero if state is None else state.method,
-            # Newton's is tried before it is known; the plain iteration after both.
-            slopes=jnp.array([0.0, -_UNKNOWN, 0.0], dtype),
-            num_steps=zero,
-            num_evals=zero,
-            best=jnp.array(jnp.inf, dtype),
+            phase=phase.begin(3, residual_dtype(y)),
             num_switches=zero,
             is_trial=jnp.array(False),
         )
 
     def step(self, fn, at, args, state):
         anderson, newton = self._methods()
-        is_anderson, is_newton = state.method == _ANDERSON, state.method == _NEWTON
+        is_anderson = state.phase.method == _ANDERSON
+        is_newton = state.phase.method == _NEWTON
         first = anderson.step(
             fn,
             dataclasses.replace(
@@ -122,75 +113,46 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
             newton.line_search, inner, size, state.newton.descent
         )
         is_refused = is_refused | _was_rejected(state.anderson, first.state)
-        method, slopes, is_over = self._choose(at, is_refused, state)
-        is_switch = method != state.method
+        new = phase.advance(
+            state.phase, at, is_refused, self._windows(at.y), math.log(_SLOW)
+        )
+        is_switch = new.method != state.phase.method
         is_lost = is_switch & ~(at.residual <= 2 * at.best_residual)
 
-        is_wanted = at.proceed & (method == _NEWTON) & ~is_lost
-        fresh = newton.init(at.y, max_steps=1)
-        operand = (
-            fn,
-            dataclasses.replace(inner, is_live=is_wanted, proceed=is_wanted),
-            args,
-            tree_where(is_switch, fresh, state.newton),
+        is_wanted = at.proceed & (new.method == _NEWTON) & ~is_lost
+        inner = dataclasses.replace(inner, is_live=is_wanted, proceed=is_wanted)
+        old = tree_where(
+            is_switch & at.is_live, newton.init(at.y, max_steps=1), state.newton
         )
-        none = Step(at.y, state.newton, jnp.zeros((), jnp.int32), jnp.array(False))
-        second = if_wanted(is_wanted, lambda x: newton.step(*x), operand, none)
+        second = newton.step(fn, inner, args, old)
 
-        new_y = tree_where(method == _ANDERSON, first.y, at.f)
+        new_y = tree_where(new.method == _ANDERSON, first.y, at.f)
         new_y = tree_where(is_wanted, second.y, new_y)
         new_y = tree_where(is_lost, at.best, new_y)
-        is_trial = jnp.where(method == _ANDERSON, first.is_trial, second.is_trial)
-        is_trial = is_trial & ~is_lost
-        is_new = is_over | jnp.isinf(state.best)
-        count = lambda flag: (flag & at.proceed).astype(jnp.int32)
-        rest = (
-            method,
-            slopes,
-            jnp.where(is_new, 0, state.num_steps + 1),
-            jnp.where(is_new, 0, state.num_evals + 1) + second.num_evals,
-            jnp.where(is_new, at.best_residual, state.best),
-            state.num_switches + count(is_switch),
-            is_trial,
+        is_trial = jnp.where(new.method == _ANDERSON, first.is_trial, second.is_trial)
+        is_trial = is_trial & ~is_lost & (new.method != _PLAIN)
+        num_evals = jnp.where(is_wanted, second.num_evals, 0)
+        new = dataclasses.replace(new, num_evals=new.num_evals + num_evals)
+        num_switches = state.num_switches + (is_switch & at.proceed).astype(jnp.int32)
+        rest = (new, num_switches, is_trial)
+        kept = (state.phase, state.num_switches, state.is_trial)
+        rest = tree_where(at.is_live, rest, kept)
+        # Whatever it leads to, there is another method and the best iterate.
+        may_fail = new.num_broken < _PATIENCE
+        return Step(
+            new_y,
+            _AutoState(first.state, second.state, *rest),
+            num_evals=num_evals,
+            is_trial=may_fail,
         )
-        old = (
-            state.method,
-            state.slopes,
-            state.num_steps,
-            state.num_evals,
-            state.best,
-            state.num_switches,
-            state.is_trial,
-        )
-        new = _AutoState(first.state, second.state, *tree_where(at.is_live, rest, old))
-        # The plain iteration has nothing to fall back on.
-        may_fail = (method != _PLAIN) | is_lost
-        return Step(new_y, new, num_evals=second.num_evals, is_trial=may_fail)
 
-    def _choose(self, at, is_refused: BoolScalar, state: _AutoState):
-        """The method of the next step, the slopes, and whether they are new."""
-        dtype = state.slopes.dtype
-        is_begun = ~jnp.isinf(state.best)
-        is_broken = ~at.is_finite & ~is_refused
-        size = sum(x.size for x in jtu.tree_leaves(at.y))
+    def _windows(self, y: Y) -> Array:
+        """After how many steps each method is measured."""
+        size = sum(x.size for x in jtu.tree_leaves(y))
         # With room for all unknowns Anderson's ends by itself, if `fn` is linear.
         is_small = size <= self.history_length
         longest = max(_WINDOW, size + 1) if is_small else _WINDOW
-        window = jnp.array([longest, 1, 5 * _WINDOW], jnp.int32)[state.method]
-        is_over = is_begun & ~is_refused & (state.num_steps + 1 >= window)
-        is_over = is_over | is_broken
-        gain = at.best_residual / jnp.where(is_begun, state.best, 1)
-        gain = jnp.log(jnp.where(gain > 0, gain, 1)).astype(dtype)
-        slope = gain / (state.num_evals + 1).astype(dtype)
-        slope = jnp.where(is_broken, 1, slope)
-        is_present = jnp.arange(3, dtype=jnp.int32) == state.method
-        slopes = jnp.where(is_over & is_present, slope, state.slopes)
-        # To stay is better than to go for little.
-        biased = jnp.where(is_present, jnp.minimum(2 * slopes, slopes), slopes)
-        method = jnp.argmin(biased).astype(jnp.int32)
-        is_fast = (state.method == _ANDERSON) & (slope < jnp.log(_SLOW))
-        stays = ~is_over | is_fast
-        return jnp.where(stays, state.method, method), slopes, is_over
+        return jnp.array([longest, 1, 2 * _WINDOW], jnp.int32)
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful

@@ -102,13 +102,12 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
             is_accepted = ~at.is_trial | is_accepted
             proposed = tree_where(is_accepted, proposed, self._shorten(at, state))
         direction, moved = proposed.direction, proposed.moved
-        is_finite = jnp.isfinite(max_norm(direction))
 
-        def add(y, f, d):
+        def add(y, d):
             step = d * moved.astype(real(d.dtype)).astype(d.dtype)
-            return jnp.where(is_finite, (y.astype(d.dtype) + step).astype(y.dtype), f)
+            return (y.astype(d.dtype) + step).astype(y.dtype)
 
-        new_y = jtu.tree_map(add, at.y, at.f, direction)
+        new_y = jtu.tree_map(add, at.y, direction)
         is_trial = self.line_search.is_trial(proposed.length)
         return Step(new_y, self._remember(at, proposed, state), is_trial=is_trial)
 
@@ -130,21 +129,21 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         has_step = at.num_steps > 0
         is_secant = has_step & is_good & (old.num_used <= m)
         scale = 1 / jnp.where(is_secant, denominator, 1)
-        is_restart = has_step & ~is_secant
 
         def turn(g, rows):
             new = g + ring.combine(weights, rows).astype(g.dtype)
-            new = new * scale.astype(real(g.dtype)).astype(g.dtype)
-            return jnp.where(is_restart, g, new)
+            return new * scale.astype(real(g.dtype)).astype(g.dtype)
 
+        direction = jtu.tree_map(turn, residual, old.rows)
+        is_restart = (has_step & ~is_secant) | ~jnp.isfinite(max_norm(direction))
         one = jnp.ones((), scale.dtype)
         return _Proposal(
-            direction=jtu.tree_map(turn, residual, old.rows),
-            overlaps=overlaps * scale,
+            direction=tree_where(is_restart, residual, direction),
+            overlaps=jnp.where(is_restart, 0, overlaps * scale),
             length=one,
             moved=one,
             start=at.residual,
-            has_next=jnp.where(is_newest, is_secant, old.has_next),
+            has_next=jnp.where(is_newest, is_secant & ~is_restart, old.has_next),
             num_used=jnp.where(is_restart, 0, old.num_used),
             is_restart=is_restart,
         )
@@ -184,7 +183,7 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
         # After the last evaluation nothing begins anew: the history serves the next
         # solve.
-        is_kept = at.is_live & (at.proceed | ~new.is_restart)
+        is_kept = at.is_live & at.is_finite & (at.proceed | ~new.is_restart)
         rows = ring.write(old.rows, slot, row, is_kept)
         lengths = old.lengths
         if lengths is not None:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree, Scalar
 from .._batching import Loop
 from .._custom_types import Args, BoolScalar, IntScalar, Y
 from .._dtype import residual_dtype, rounding
-from .._misc import per_sample, tree_where
+from .._misc import per_sample, tree_allfinite, tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
 from .judge import judge, Judged
@@ -62,7 +62,7 @@ def _verdict(
     patience = jnp.where(now.residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
     is_budget = _is_budget(solver)
     converged = judged.scaled < 1
-    diverged = now.residual > _DIVERGED * now.first_residual
+    diverged = (now.residual > _DIVERGED * now.first_residual) & ~now.is_trial
     stagnated = now.num_steps - now.best_step >= patience
     ran_out = now.num_steps >= max_steps
 
@@ -71,9 +71,11 @@ def _verdict(
     result = RESULTS.where(stagnated & ~is_budget, RESULTS.stagnation, result)
     result = RESULTS.where(diverged & ~is_budget, RESULTS.divergence, result)
     result = RESULTS.where(converged, RESULTS.successful, result)
-    result = RESULTS.where(judged.is_finite, result, RESULTS.nonfinite)
-    gave_up = ((diverged & ~now.is_trial) | stagnated) & ~is_budget
-    is_lost = ~judged.is_finite & ~now.is_trial
+    # The steps of a budget are not taken back once they are over.
+    is_lost = ~judged.is_finite & (~now.is_trial | is_budget)
+    result = RESULTS.where(is_lost, RESULTS.nonfinite, result)
+    is_lost = is_lost & ~now.is_trial
+    gave_up = (diverged | stagnated) & ~is_budget
     return converged | is_lost | gave_up | ran_out, result
 
 
@@ -176,6 +178,7 @@ def _advance(
 def _best_on_failure(end: Progress[Y]) -> Progress[Y]:
     """The best iterate of a solve that failed, or the last before `fn` went astray."""
     is_last = (end.result == RESULTS.successful) | (end.result == RESULTS.nonfinite)
+    is_last = is_last & tree_allfinite(end.y)
     # Where no residual was ever finite there is no best.
     is_last = is_last | jnp.isinf(end.best_residual)
     last, best = (end.y, end.residual), (end.best_y, end.best_residual)

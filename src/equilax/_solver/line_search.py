@@ -65,9 +65,10 @@ class Backtracking(AbstractLineSearch):
     finite). What is not finite is never accepted. At `min_length` the search gives up,
     and takes the step.
 
-    Use it with [`equilax.Newton`][] and [`equilax.NewtonKrylov`][] far from a solution,
-    with a `growth` of one for [`equilax.Broyden`][], whose residual need not fall in
-    every step. Cost: an evaluation of `fn` a trial.
+    Use it with [`equilax.Newton`][] and [`equilax.NewtonKrylov`][] far from a solution.
+    [`equilax.Broyden`][], whose residual need not fall in every step, wants a `growth`
+    of one and room for the trials in its history, and often converges sooner without a
+    search. Cost: an evaluation of `fn` a trial.
     """
 
     decrease: RealScalarLike = 1e-4

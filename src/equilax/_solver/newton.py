@@ -1,10 +1,13 @@
+from typing import Any
+
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
+from .._batching import if_wanted
 from .._check import check_instance, check_tolerances
 from .._custom_types import Norm, RealScalarLike, Y
 from .._dtype import at_least_single
@@ -55,32 +58,44 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
         return descent.begin(y)
 
     def step(self, fn, at, args, state):
+        size = two_norm(difference(at.y, at.f)).astype(state.start.dtype)
+        is_refused = descent.is_taken_back(self.line_search, at, size, state)
+        none = (state.direction, jnp.zeros((), jnp.int32))
+        direction, num_evals = if_wanted(
+            at.proceed & ~is_refused,
+            self._direct,
+            (fn, at, args, self.linear_solver),
+            none,
+        )
+        new_y, state, is_trial = descent.follow(
+            self.line_search, at, size, state, is_refused, direction
+        )
+        return Step(new_y, state, num_evals=num_evals, is_trial=is_trial)
+
+    def _direct(self, operand) -> tuple[PyTree[Array], Array]:
+        """The direction, and what it takes."""
+        fn, at, args, linear_solver = operand
         system = descent.linearise(fn, at, args)
         num_unknowns = system.rhs.size
-        size = two_norm(difference(at.y, at.f)).astype(state.start.dtype)
         # Direct solvers have no half precision.
         dtype = at_least_single(system.rhs.dtype)
         unit = jnp.eye(num_unknowns, dtype=system.rhs.dtype)
         matrix = jax.vmap(system.mv, out_axes=1)(unit).astype(dtype)
-        found = self._solve(matrix, system.rhs.astype(dtype))
+        found = self._solve(linear_solver, matrix, system.rhs.astype(dtype))
         wide = lambda x: x.astype(at_least_single(x.dtype))
         direction = jtu.tree_map(wide, system.unravel(found.astype(system.rhs.dtype)))
-        is_refused = descent.is_taken_back(self.line_search, at, size, state)
-        new_y, state, is_trial = descent.follow(
-            self.line_search, at, size, state, is_refused, direction
-        )
-        return Step(new_y, state, num_evals=num_unknowns + 1, is_trial=is_trial)
+        return direction, jnp.array(num_unknowns + 1, jnp.int32)
 
-    def _solve(self, matrix: Array, rhs: Array) -> Array:
-        if self.linear_solver is None:
+    def _solve(self, linear_solver: Any, matrix: Array, rhs: Array) -> Array:
+        if linear_solver is None:
             return jnp.linalg.solve(matrix, rhs)
         if any_varying(matrix, rhs):
             raise ValueError(
-                f"`linear_solver={type(self.linear_solver).__name__}` does not work "
+                f"`linear_solver={type(linear_solver).__name__}` does not work "
                 "inside `jax.shard_map` (Lineax 0.1.1): take `linear_solver=None`."
             )
         operator = lx.MatrixLinearOperator(matrix, self.tags)
-        return lx.linear_solve(operator, rhs, self.linear_solver, throw=False).value
+        return lx.linear_solve(operator, rhs, linear_solver, throw=False).value
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful

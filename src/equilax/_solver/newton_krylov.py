@@ -1,11 +1,11 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Scalar
+from jaxtyping import Array, PyTree, Scalar
 
-from .._batching import Lockstep
+from .._batching import if_wanted, Lockstep
 from .._check import check_fraction, check_instance, check_integer, check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._custom_types import IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, residual_dtype
 from .._krylov import gmres
 from .._misc import difference
@@ -52,7 +52,7 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
     rtol: RealScalarLike
     atol: RealScalarLike
     norm: Norm = max_norm
-    restart: int = eqx.field(static=True, default=20)
+    restart: int = eqx.field(static=True, default=30)
     max_linear_steps: int = eqx.field(static=True, default=100)
     max_forcing: RealScalarLike = 0.1
     line_search: AbstractLineSearch = Backtracking()
@@ -74,27 +74,34 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
         size = two_norm(difference(at.y, at.f)).astype(old.start.dtype)
         is_refused = descent.is_taken_back(self.line_search, at, size, old)
         is_wanted = at.proceed & ~is_refused
-        forcing = self._force(at, size, state)
+        forcing = jnp.where(is_wanted, self._force(at, size, state), state.forcing)
+        direction, num_evals = if_wanted(
+            is_wanted,
+            self._direct,
+            (fn, at, args, forcing),
+            (old.direction, jnp.zeros((), jnp.int32)),
+        )
+        new_y, new, is_trial = descent.follow(
+            self.line_search, at, size, old, is_refused, direction
+        )
+        state = _NewtonKrylovState(new, forcing)
+        return Step(new_y, state, num_evals=num_evals, is_trial=is_trial)
+
+    def _direct(self, operand) -> tuple[PyTree[Array], IntScalar]:
+        """The direction, and the evaluations that it takes."""
+        fn, at, args, forcing = operand
         system = descent.linearise(fn, at, args)
         found = gmres(
             system.mv,
             system.rhs,
-            tolerance=jnp.where(is_wanted, forcing, jnp.inf),
+            tolerance=forcing,
             restart=self.restart,
             max_steps=self.max_linear_steps,
             batching=Lockstep(),
         )
         wide = lambda x: x.astype(at_least_single(x.dtype))
-        direction = jtu.tree_map(
-            wide, system.unravel(found.value.astype(system.rhs.dtype))
-        )
-        new_y, new, is_trial = descent.follow(
-            self.line_search, at, size, old, is_refused, direction
-        )
-        forcing = jnp.where(is_wanted & at.is_live, forcing, state.forcing)
-        num_evals = jnp.where(is_refused, 0, found.num_steps + 1)
-        state = _NewtonKrylovState(new, forcing)
-        return Step(new_y, state, num_evals=num_evals, is_trial=is_trial)
+        direction = system.unravel(found.value.astype(system.rhs.dtype))
+        return jtu.tree_map(wide, direction), found.num_steps + 1
 
     def _force(self, at, size: Scalar, state: _NewtonKrylovState) -> Scalar:
         dtype = state.forcing.dtype
