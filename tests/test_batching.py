@@ -331,8 +331,9 @@ def test_a_batch_of_starts_alone(batching):
     assert len(set(sol.stats["num_steps"].tolist())) > 1
 
 
-@strategies
-def test_derivatives_in_any_nesting_with_vmap(batching):
+@pytest.mark.parametrize("strategy", ["staged", "vmapped"])
+def test_derivatives_in_any_nesting_with_vmap(strategy):
+    batching = _strategies[strategy]
     rates = _rates(6)
     solve = lambda r: _solve_affine(r, batching=batching).value
     first, second = 1 / (1 - rates) ** 2, 2 / (1 - rates) ** 3

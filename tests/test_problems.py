@@ -9,7 +9,10 @@ from . import problems
 _solvers = {
     "picard": eqlx.FixedPointIteration,
     "anderson": eqlx.Anderson,
+    "type_i": eqlx.AndersonTypeI,
     "broyden": eqlx.Broyden,
+    "bad_broyden": eqlx.BadBroyden,
+    "newton_krylov": eqlx.NewtonKrylov,
     "squarem": eqlx.Squarem,
     "aitken": eqlx.Aitken,
 }
