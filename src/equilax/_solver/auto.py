@@ -24,6 +24,8 @@ _ANDERSON, _NEWTON, _PLAIN = 0, 1, 2
 # measured over this many steps at a time. Chosen on the problems of tests/problems.py.
 _SLOW = 0.75
 _WINDOW = 9
+# Where Anderson is slow a system is worth solving further than it needs at first.
+_FORCING = 0.01
 # A solve that led astray so often has ended.
 _PATIENCE = 20
 
@@ -79,7 +81,8 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
     def _methods(self) -> tuple[Anderson, NewtonKrylov]:
         shared = (self.rtol, self.atol, self.norm)
         anderson = Anderson(*shared, history_length=self.history_length)
-        return anderson, NewtonKrylov(*shared, restart=self.restart)
+        newton = NewtonKrylov(*shared, restart=self.restart, max_forcing=_FORCING)
+        return anderson, newton
 
     def init(self, y, *, max_steps, state=None):
         zero = jnp.zeros((), jnp.int32)
