@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from equilax._solver import Evaluation, phase
 
 from . import problems
 from .helpers import is_successful, optimised_hlo
@@ -137,3 +138,55 @@ def test_newton_is_not_computed_unless_it_is_wanted():
     assert owners
     # Three loops deep: the solve, whether it is wanted, and that of GMRES.
     assert text.count("while(") >= 3
+
+
+def _watch(residuals, bests, start=None):
+    """The methods and starts as the residuals come in."""
+    now = phase.begin(3, jnp.float64) if start is None else start
+    seen = []
+    for residual, best in zip(residuals, bests, strict=True):
+        yes, y = jnp.array(True), jnp.zeros(())
+        at = Evaluation(
+            y=y,
+            f=y,
+            residual=jnp.array(residual),
+            scaled=jnp.array(residual),
+            best=y,
+            best_residual=jnp.array(best),
+            num_steps=jnp.array(0, jnp.int32),
+            is_live=yes,
+            proceed=yes,
+            is_trial=yes,
+            is_finite=jnp.isfinite(jnp.array(residual)),
+        )
+        windows = jnp.array([2, 1, 2], jnp.int32)
+        now = phase.advance(now, at, jnp.array(False), windows, -0.3)
+        seen.append(now)
+    return seen
+
+
+def test_what_gains_nothing_gives_way_to_each_of_the_others():
+    seen = _watch([1.0] * 12, [1.0] * 12)
+    methods = [int(now.method) for now in seen]
+    assert methods[:6] == [0, 0, 1, 2, 2, 0]
+    assert set(methods[6:]) == {0, 1, 2}
+
+
+def test_a_method_is_measured_from_where_it_begins():
+    # Anderson is astray when it gives way: Newton's begins at the best iterate.
+    seen = _watch([1.0, 3.0, 3.0, 1.0, 0.1], [1.0, 1.0, 1.0, 1.0, 0.1])
+    assert [int(now.method) for now in seen] == [0, 0, 1, 1, 1]
+    assert np.isinf(seen[2].start)
+    assert seen[3].start == 1
+    assert np.isclose(seen[4].slopes[1], np.log(0.1))
+    # One that is fast enough is not left, slow ones are compared by evaluation.
+    seen = _watch([1.0, 0.5, 0.25, 0.2, 0.1], [1.0, 0.5, 0.25, 0.2, 0.1])
+    assert [int(now.method) for now in seen] == [0] * 5
+
+
+def test_what_leads_astray_gives_way_at_once():
+    seen = _watch([1.0, np.nan], [1.0, 1.0])
+    assert [int(now.method) for now in seen] == [0, 1]
+    assert seen[1].num_broken == 1
+    seen = _watch([1.0, 1e5], [1.0, 1.0])
+    assert int(seen[1].method) == 1

@@ -107,6 +107,20 @@ def test_a_trial_that_is_not_finite_is_taken_back(method):
     assert np.allclose(sol.value, expected, rtol=1e-9)
 
 
+def test_a_trial_of_broyden_that_is_not_finite_is_shortened():
+    # The first step leads from 20 to a negative number.
+    fn = lambda y, _: y - 12 * (jnp.log(y) - 1)
+    solver = eqlx.Broyden(0.0, 1e-10, line_search=eqlx.Backtracking(growth=1.0))
+    start = jnp.array([20.0, 25.0])
+    full = eqlx.fixed_point(fn, eqlx.Broyden(0.0, 1e-10), start, throw=False)
+    assert full.result == eqlx.RESULTS.nonfinite
+    one = eqlx.fixed_point(fn, solver, start, max_steps=2, throw=False)
+    half = np.asarray(start) - 6 * (np.log(np.asarray(start)) - 1)
+    assert np.allclose(one.value, half)
+    sol = eqlx.fixed_point(fn, solver, start)
+    assert np.allclose(sol.value, np.e, rtol=1e-9)
+
+
 @methods
 def test_a_singular_start_is_left_by_a_plain_step(method):
     # d/dy of y - fn is zero at the first element's start.

@@ -107,6 +107,33 @@ def test_the_inverse_of_broyden_is_the_dense_one(getkey):
             assert np.allclose(got, expected, rtol=1e-7, atol=1e-8)
 
 
+def test_the_last_evaluation_takes_nothing_from_a_full_history(getkey):
+    # Of four directions in a history of four there are three updates.
+    w, x = _cell(getkey, 6)
+    fn = lambda y: np.tanh(np.asarray(w) @ y + np.asarray(x))
+    solver = eqlx.Broyden(0.0, 0.0, history_length=4)
+    sol = eqlx.fixed_point(
+        tanh_cell, solver, jnp.zeros(6), (w, x), max_steps=4, throw=False
+    )
+    inverse, y = -np.eye(6), np.zeros(6)
+    g = fn(y) - y
+    for _ in range(3):
+        step = -inverse @ g
+        y = y + step
+        change, g = fn(y) - y - g, fn(y) - y
+        moved = inverse @ change
+        inverse = inverse + np.outer(step - moved, step @ inverse) / (step @ moved)
+    product = ft.partial(solver.inverse_product, sol.state)
+    got = jax.vmap(product, out_axes=1)(jnp.eye(6))
+    assert np.allclose(got, inverse, rtol=1e-7, atol=1e-8)
+    again = eqlx.fixed_point(
+        tanh_cell, solver, sol.value, (w, x), max_steps=1, throw=False, state=sol.state
+    )
+    value = np.asarray(sol.value)
+    expected = value - inverse @ (fn(value) - value)
+    assert np.allclose(again.value, expected, rtol=1e-7, atol=1e-8)
+
+
 @pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))
 def test_every_solver_takes_its_own_state_back(getkey, name):
     args = _cell(getkey, 5)

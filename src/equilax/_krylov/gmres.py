@@ -90,8 +90,8 @@ def _advance(
 
 def _close_cycle(now: Cycle, is_end: BoolScalar) -> Cycle:
     """Add to `x` what this cycle has found, at its end."""
-    # A sample that has stopped does so after the loop.
-    is_moved = is_end & now.is_live
+    # A sample that has stopped does so after the loop. The pass that follows empties
+    # the basis.
     x = vary_over(now.x, any_varying(now))
     x = lax.cond(
         is_end,
@@ -100,8 +100,7 @@ def _close_cycle(now: Cycle, is_end: BoolScalar) -> Cycle:
         now,
         x,
     )
-    num_filled = jnp.where(is_moved, 0, now.num_filled)
-    return eqx.tree_at(lambda c: (c.x, c.num_filled), now, (x, num_filled))
+    return eqx.tree_at(lambda c: c.x, now, x)
 
 
 def gmres(

@@ -181,9 +181,9 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         square = ring.products(jtu.tree_map(lambda x: x[None], row), row, dtype)[0]
         column = jnp.where(is_slot, square, new.overlaps / unit)
         gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
-        # After the last evaluation nothing begins anew: the history serves the next
-        # solve.
-        is_kept = at.is_live & at.is_finite & (at.proceed | ~new.is_restart)
+        # After the last evaluation nothing begins anew, nor takes the place of the
+        # oldest direction: the history serves the next solve.
+        is_kept = at.is_live & (at.proceed | (~new.is_restart & (old.num_used < m)))
         rows = ring.write(old.rows, slot, row, is_kept)
         lengths = old.lengths
         if lengths is not None:

@@ -69,7 +69,7 @@ def resume(old: Factors, next_slot: IntScalar) -> Factors:
         rows=turn(old.rows),
         units=turn(old.units),
         gram=ring.oldest_first_both(old.gram, next_slot),
-        has_next=turn(old.has_next).at[-1].set(False),
+        has_next=turn(old.has_next),
         lengths=None if old.lengths is None else turn(old.lengths),
         num_used=jnp.where(is_whole, old.num_used, 0),
     )
