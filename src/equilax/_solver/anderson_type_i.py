@@ -166,16 +166,16 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         is_new = at.is_live & (at.num_steps > 0)
         is_used = low_rank.used(old, at.num_steps - 2)
         step = difference(state.last_y, at.y)
-        step, size, is_good = low_rank.normalised(step, dtype)
+        step, size, is_good = ring.normalised(step, dtype)
         change = jtu.tree_map(jnp.subtract, state.last_residual, residual)
-        change = low_rank.scaled(change, 1 / jnp.where(is_good, size, 1))
+        change = ring.scaled(change, 1 / jnp.where(is_good, size, 1))
         # A plain step goes along a residual, which the steps before it span: nothing is
         # new but rounding, or what a kink adds.
         is_good = is_good & at.is_finite & (at.is_trial | ~jnp.any(is_used))
 
         overlaps = jnp.where(is_used, ring.products(old.steps, step, dtype), 0)
         shares = overlaps / jnp.where(is_used, old.squares, 1)
-        whole = low_rank.inner(step, step, dtype)
+        whole = ring.inner(step, step, dtype)
         # By Pythagoras. What cancellation leaves of it is little as well.
         new_part = whole - jnp.sum(shares * overlaps)
         least = jnp.asarray(self.independence, dtype) ** 2 * whole
@@ -187,9 +187,9 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         minus = lambda x, rows: x - ring.combine(shares, rows).astype(x.dtype)
         row = jtu.tree_map(minus, step, old.steps)
         expected = jtu.tree_map(minus, step, old.changes)  # B s.
-        row, unit, is_normal = low_rank.normalised(row, dtype)
+        row, unit, is_normal = ring.normalised(row, dtype)
         surprise = jtu.tree_map(jnp.subtract, change, expected)
-        surprise = low_rank.scaled(surprise, 1 / jnp.where(is_normal, unit, 1))
+        surprise = ring.scaled(surprise, 1 / jnp.where(is_normal, unit, 1))
 
         slot = (at.num_steps - 1) % m
         is_slot = jnp.arange(m, dtype=slot.dtype) == slot
@@ -199,7 +199,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         theta, square, inverse = low_rank.append(
             kept, is_used, is_slot, row, surprise, least
         )
-        lost = low_rank.scaled(surprise, -theta)
+        lost = ring.scaled(surprise, -theta)
         lost = jtu.tree_map(lambda x, like: x.astype(like.dtype), lost, old.changes)
         is_good = is_good & is_normal & tree_allfinite((lost, inverse))
         clear = lambda tree: jtu.tree_map(lambda x: jnp.where(is_good, x, 0), tree)

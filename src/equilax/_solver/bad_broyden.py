@@ -8,7 +8,7 @@ from .._custom_types import IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, residual_dtype
 from .._misc import difference, tree_allfinite, tree_where
 from .._norm import max_norm
-from . import low_rank, ring
+from . import ring
 from .base import AbstractFixedPointSolver, Step
 
 
@@ -90,20 +90,20 @@ class BadBroyden(AbstractFixedPointSolver[Y, _BadBroydenState]):
         residual = difference(at.y, at.f)
         applied = _apply(state, state.changes, state.additions, residual)
         change = jtu.tree_map(jnp.subtract, residual, state.last_residual)
-        row, size, is_normal = low_rank.normalised(change, dtype)
-        column, length, _ = low_rank.normalised(applied, dtype)
-        square = low_rank.inner(row, row, dtype)
+        row, size, is_normal = ring.normalised(change, dtype)
+        column, length, _ = ring.normalised(applied, dtype)
+        square = ring.inner(row, row, dtype)
         floor = _ROUNDING_UNITS * float(jnp.finfo(dtype).eps)
         has_changed = is_normal & (size > floor * max_norm(residual).astype(dtype))
         denominator = jnp.where(has_changed, size * square, 1)
         gain = length / denominator
-        along = low_rank.inner(row, residual, dtype) / denominator
+        along = ring.inner(row, residual, dtype) / denominator
 
         has_step = at.num_steps > 0
         is_secant = has_step & has_changed & (state.num_used < m)
         is_secant = is_secant & jnp.isfinite(gain)
         factor = jnp.where(is_secant, 1 - along, 1)
-        direction = low_rank.scaled(applied, factor)
+        direction = ring.scaled(applied, factor)
         is_restart = (has_step & ~is_secant) | ~tree_allfinite(direction)
         direction = tree_where(is_restart, residual, direction)
         add = lambda y, d: (y.astype(d.dtype) + d).astype(y.dtype)

@@ -18,10 +18,6 @@ from .line_search import AbstractLineSearch, FullStep
 _DEGENERATE = 1e-6
 
 
-def _scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
-    return jtu.tree_map(lambda x: x * factor.astype(x.real.dtype).astype(x.dtype), tree)
-
-
 class _BroydenState(eqx.Module):
     factors: Factors
     next_slot: IntScalar
@@ -160,7 +156,7 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         length = self.line_search.shorten(state.length)
         # The copy that `_remember` writes stands for it: it has no factor of its own.
         return _Proposal(
-            direction=_scaled(row, unit),
+            direction=ring.scaled(row, unit),
             overlaps=column * unit,
             length=length,
             moved=length - state.length,
@@ -174,11 +170,10 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
         old, m = state.factors, self.history_length
         dtype = old.units.dtype
         slot = at.num_steps % m
-        size = max_norm(new.direction).astype(dtype)
-        unit = jnp.where((size >= jnp.finfo(dtype).tiny) & jnp.isfinite(size), size, 1)
-        row = _scaled(new.direction, 1 / unit)
+        row, size, is_normal = ring.normalised(new.direction, dtype)
+        unit = jnp.where(is_normal, size, 1)
         is_slot = jnp.arange(m, dtype=slot.dtype) == slot
-        square = ring.products(jtu.tree_map(lambda x: x[None], row), row, dtype)[0]
+        square = ring.inner(row, row, dtype)
         column = jnp.where(is_slot, square, new.overlaps / unit)
         gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
         # After the last evaluation nothing begins anew, nor takes the place of the

@@ -16,6 +16,7 @@ from .._dtype import residual_dtype, rounding
 from .._misc import per_sample, tree_allfinite, tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
+from .budget import is_budget_of
 from .judge import judge, Judged
 
 
@@ -45,11 +46,6 @@ class Progress(eqx.Module, Generic[Y]):
     is_trial: BoolScalar
 
 
-def _is_budget(solver: AbstractFixedPointSolver) -> BoolScalar:
-    """Both tolerances zero: the steps are a number to be taken, not a limit."""
-    return (jnp.asarray(solver.rtol) == 0) & (jnp.asarray(solver.atol) == 0)
-
-
 def _verdict(
     solver: AbstractFixedPointSolver,
     y: Y,
@@ -60,7 +56,7 @@ def _verdict(
     """Whether to stop here, and with which result."""
     floor = _ROUNDING_UNITS * rounding(y) * judged.size
     patience = jnp.where(now.residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
-    is_budget = _is_budget(solver)
+    is_budget = is_budget_of(solver.rtol, solver.atol)
     converged = judged.scaled < 1
     diverged = (now.residual > _DIVERGED * now.first_residual) & ~now.is_trial
     stagnated = now.num_steps - now.best_step >= patience

@@ -4,13 +4,10 @@ from typing import Any
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._custom_types import BoolScalar, IntScalar
-from .._dtype import real
-from .._norm import max_norm
+from .._custom_types import IntScalar
 from . import ring
 
 
@@ -75,13 +72,13 @@ def append(
     """
     dtype = old.inverse.dtype
     products = lambda rows, x: jnp.where(is_used, ring.products(rows, x, dtype), 0)
-    square = inner(row, row, dtype)
+    square = ring.inner(row, row, dtype)
     square = jnp.where(square > 0, square, 1)
     left = multiply(old.inverse, products(old.steps, surprise))
     across = products(old.changes, row)
     # r^T B^-1 z / r^T r, by which a whole step would change the determinant: Powell's
     # gamma, less one.
-    excess = (inner(row, surprise, dtype) + multiply(across, left)) / square
+    excess = (ring.inner(row, surprise, dtype) + multiply(across, left)) / square
     bound = jnp.where(1 + excess < 0, -least, least)
     is_far = jnp.abs(1 + excess) >= least
     theta = jnp.where(is_far, 1, (bound - 1) / jnp.where(is_far, 1, excess))
@@ -95,23 +92,3 @@ def append(
 def multiply(a: Array, b: Array) -> Array:
     """A product of small matrices and vectors, exact on every device."""
     return jnp.matmul(a, b, precision=lax.Precision.HIGHEST)
-
-
-def scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
-    return jtu.tree_map(
-        lambda x: x * factor.astype(real(x.dtype)).astype(x.dtype), tree
-    )
-
-
-def normalised(
-    tree: PyTree[Array], dtype: Any
-) -> tuple[PyTree[Array], Scalar, BoolScalar]:
-    """`tree` divided by its largest element, that one, and whether it could be."""
-    size = max_norm(tree).astype(dtype)
-    is_normal = (size >= jnp.finfo(dtype).tiny) & jnp.isfinite(size)
-    return scaled(tree, 1 / jnp.where(is_normal, size, 1)), size, is_normal
-
-
-def inner(a: PyTree[Array], b: PyTree[Array], dtype: Any) -> Scalar:
-    """The real inner product of two trees."""
-    return ring.products(jtu.tree_map(lambda x: x[None], a), b, dtype)[0]

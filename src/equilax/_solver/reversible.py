@@ -9,6 +9,7 @@ from .._dtype import at_least_single, real
 from .._misc import tree_where
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, Step
+from .budget import is_budget_of
 
 
 class _ReversibleState(eqx.Module):
@@ -72,7 +73,7 @@ class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
         new_y = jtu.tree_map(mix, state.previous, at.f)
         # The iterate that succeeded is returned, and from it a later solve goes on as
         # if this had not stopped. One that failed returns the best, and rests there.
-        is_budget = (jnp.asarray(self.rtol) == 0) & (jnp.asarray(self.atol) == 0)
+        is_budget = is_budget_of(self.rtol, self.atol)
         is_kept = ~at.is_live | (at.is_finite & ((at.scaled < 1) | is_budget))
         ended = tree_where(is_kept, state.previous, at.best)
         return Step(new_y, _ReversibleState(tree_where(at.proceed, at.y, ended)))

@@ -6,10 +6,11 @@ from typing import Any
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
-from jaxtyping import Array, Float, Int, PyTree
+from jaxtyping import Array, Float, Int, PyTree, Scalar
 
 from .._custom_types import BoolScalar, IntScalar
-from .._dtype import at_least_single, promote
+from .._dtype import at_least_single, promote, real
+from .._norm import max_norm
 
 
 def empty(y: PyTree[Array], size: int) -> PyTree[Array]:
@@ -79,3 +80,23 @@ def write(
         return lax.dynamic_update_index_in_dim(ring, row, slot, 0)
 
     return jtu.tree_map(put, ring, row, read(ring, slot))
+
+
+def scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
+    return jtu.tree_map(
+        lambda x: x * factor.astype(real(x.dtype)).astype(x.dtype), tree
+    )
+
+
+def normalised(
+    tree: PyTree[Array], dtype: Any
+) -> tuple[PyTree[Array], Scalar, BoolScalar]:
+    """`tree` divided by its largest element, that one, and whether it could be."""
+    size = max_norm(tree).astype(dtype)
+    is_normal = (size >= jnp.finfo(dtype).tiny) & jnp.isfinite(size)
+    return scaled(tree, 1 / jnp.where(is_normal, size, 1)), size, is_normal
+
+
+def inner(a: PyTree[Array], b: PyTree[Array], dtype: Any) -> Scalar:
+    """The real inner product of two trees."""
+    return products(jtu.tree_map(lambda x: x[None], a), b, dtype)[0]
