@@ -4,9 +4,11 @@ from typing import Any
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
+from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._custom_types import BoolScalar
+from .._misc import any_varying, vary_over
 from .lockstep import Lockstep
 from .loop import Loop
 
@@ -30,9 +32,14 @@ def if_wanted(
     inputs, static = eqx.partition(operand, eqx.is_array)
 
     def body(num_passes, now, inputs):
-        del num_passes
         is_wanted, old = now
-        new = fn(eqx.combine(inputs[1], static))
+        axes = any_varying(now, inputs)
+        align = lambda tree: jtu.tree_map(lambda x: vary_over(x, axes), tree)
+        run = lambda operand, old: align(fn(eqx.combine(operand, static)))
+        skip = lambda operand, old: align(old)
+        # Always true, which the compiler does not know. It would take what does not
+        # change out of a loop, whole loops included, and so run it in any case.
+        new = lax.cond(num_passes == 0, run, skip, inputs[1], old)
         # A sample that does not want it is one of a batch in which another does.
         chosen = jtu.tree_map(lambda a, b: jnp.where(is_wanted, a, b), new, old)
         return jnp.zeros_like(is_wanted), chosen

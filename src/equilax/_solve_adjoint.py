@@ -1,0 +1,166 @@
+from typing import Any
+
+import equinox as eqx
+import jax
+from jaxtyping import PyTree
+
+from ._adjoint import (
+    AbstractImplicitAdjoint,
+    checked,
+    ImplicitAdjoint,
+    linear_system,
+    Problem,
+    SharedInverseAdjoint,
+)
+from ._batching import AbstractBatching, Staged
+from ._check import check_callable, check_instance
+from ._custom_types import Args, Aux, MaybeAuxFn, Y
+from ._misc import per_sample
+from ._solution import Solution
+from ._solver import AbstractFixedPointSolver, check_solver_state
+from ._trace import as_state, check_batch, check_like, move, trace, ValueOf
+
+
+def _transposed(linear, like):
+    transpose = jax.linear_transpose(linear, like)
+    return lambda x: transpose(x)[0]
+
+
+@eqx.filter_jit
+def _solve_adjoint(
+    fn,
+    solver,
+    y,
+    cotangent,
+    args,
+    guess,
+    state,
+    has_aux,
+    adjoint,
+    batching,
+    throw,
+    tags,
+    batch_axis,
+) -> Solution:
+    y = as_state(y)
+    check_batch(y, batch_axis)
+    is_batch = batch_axis is not None
+    cotangent = check_like("cotangent", cotangent, y)
+    guess = None if guess is None else check_like("guess", guess, y)
+    hoisted, y = trace(fn, y, args, has_aux, batch_axis)
+    if state is None:
+        state = per_sample(is_batch)(lambda y: solver.init(y, max_steps=1))(y)
+    else:
+        check_solver_state(solver, y, state, 1, per_sample(is_batch))
+    problem = Problem(
+        ValueOf(hoisted),
+        solver,
+        y,
+        args,
+        state,
+        None,
+        batching,
+        tags,
+        1,
+        throw,
+        is_batch,
+    )
+    rule = adjoint.rule(problem)
+    system = linear_system(rule, problem, y, state)
+    ravelling = system.ravelling
+    vector = ravelling.ravel(y)
+    # By the conventions of JAX a cotangent is not ravelled as a tangent is.
+    to_vector = _transposed(ravelling.unravel, vector)
+    from_vector = _transposed(ravelling.ravel, y)
+    start = None if guess is None else to_vector(move(guess, batch_axis, 0))
+    ct = to_vector(move(cotangent, batch_axis, 0))
+    outcome = system.transpose_solve(_transposed(system.mv, vector), ct, start)
+    value = outcome.value
+    if throw:
+        value = checked(
+            outcome, throw=True, on_failure=rule.on_failure, is_batch=is_batch
+        )
+    stats = {**outcome.stats, "is_usable": outcome.is_usable}
+    value = move(from_vector(value), 0, batch_axis)
+    return Solution(value, outcome.result, None, stats, None)
+
+
+def solve_adjoint(
+    fn: MaybeAuxFn[Y, Aux],
+    solver: AbstractFixedPointSolver,
+    y: Y,
+    cotangent: Y,
+    args: Args = None,
+    *,
+    has_aux: bool = False,
+    adjoint: AbstractImplicitAdjoint = ImplicitAdjoint(),  # noqa: B008
+    batching: AbstractBatching = Staged(),  # noqa: B008
+    throw: bool = True,
+    tags: frozenset[object] = frozenset(),
+    batch_axis: int | None = None,
+    state: PyTree[Any] = None,
+    guess: Y | None = None,
+) -> Solution[Y, None]:
+    r"""Do the linear solve of a backward pass, and tell how it went.
+
+    $u = (I - J^T)^{-1} v$ for a cotangent $v$ of the solution $y$, just as the gradient
+    of [`equilax.fixed_point`][] with the same arguments does it. The gradient in `args`
+    is then the product of $u$ with the derivative of `fn` in these.
+
+    **Arguments:**
+
+    - `fn`, `args`, `has_aux`, `batching`, `tags`, `batch_axis`: As for
+        [`equilax.fixed_point`][].
+    - `solver`: The solver of the forward pass, for its tolerances.
+    - `y`: The solution.
+    - `cotangent`: The derivative of a loss in the solution, a tree like `y`, by the
+        convention of `jax.vjp`.
+    - `adjoint`: Which adjoint's solve to do, an [`equilax.ImplicitAdjoint`][] or an
+        [`equilax.SharedInverseAdjoint`][]. Keyword only argument.
+    - `throw`: Whether a failed solve raises. If not, `Solution.result` says how it
+        ended, and the value is what it ended with, whatever the `on_failure` of the
+        adjoint is. Keyword only argument.
+    - `state`: The `Solution.state` of the forward pass, for the estimate of an inverse.
+        Keyword only argument.
+    - `guess`: Where to begin, the value for a cotangent or a problem nearby. Keyword
+        only argument.
+
+    **Returns:**
+
+    An [`equilax.Solution`][], its value $u$. To `stats` it adds `is_usable`: whether
+    the backward pass would use the value. That is so if the solve is `successful`, and
+    if it ended in `stagnation` at the level of rounding of the dtype.
+
+    **Raises:**
+
+    As [`equilax.fixed_point`][].
+
+    Cost: that of the linear solver of the `adjoint`. Memory: the linearisation of `fn`
+    and the linear solver's.
+    """
+    check_callable("fn", fn, "fn(y, args)")
+    check_instance("solver", solver, AbstractFixedPointSolver)
+    check_instance("adjoint", adjoint, AbstractImplicitAdjoint)
+    check_instance("batching", batching, AbstractBatching)
+    check_instance("throw", throw, bool)
+    check_instance("has_aux", has_aux, bool)
+    if state is None and isinstance(adjoint, SharedInverseAdjoint):
+        raise ValueError(
+            "`state` must be the `Solution.state` of the forward pass for a "
+            "`SharedInverseAdjoint`, which takes its estimate from there; got None."
+        )
+    return _solve_adjoint(
+        fn,
+        solver,
+        y,
+        cotangent,
+        args,
+        guess,
+        state,
+        has_aux,
+        adjoint,
+        batching,
+        throw,
+        tags,
+        batch_axis,
+    )
