@@ -1,7 +1,9 @@
 from .base import (
     AbstractMatrixFreeSolver as AbstractMatrixFreeSolver,
     is_at_rounding as is_at_rounding,
+    solve_preconditioned as solve_preconditioned,
 )
+from .fallback import FallbackLinearSolver as FallbackLinearSolver
 from .fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from .krylov import KrylovLinearSolver as KrylovLinearSolver
 from .neumann import Neumann as Neumann

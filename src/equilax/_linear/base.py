@@ -1,15 +1,19 @@
 import abc
+import dataclasses
+import functools as ft
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._batching import AbstractBatching, Staged
-from .._custom_types import BoolScalar
+from .._custom_types import BoolScalar, Norm
 from .._dtype import rounding
-from .._norm import max_norm
+from .._misc import per_sample, tree_where
+from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
 
 
@@ -30,13 +34,28 @@ def is_at_rounding(
     return residual <= floor.astype(residual.dtype)
 
 
-class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator]):
+# The system, and an approximate inverse of it.
+_Operators: TypeAlias = tuple[
+    lx.AbstractLinearOperator, lx.AbstractLinearOperator | None
+]
+
+
+class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
     """Abstract base class for linear solvers that need products alone.
 
     They are Lineax solvers, for [`lineax.linear_solve`][], and can also be called with
     a function: that is how an adjoint runs them where Lineax's primitive cannot go
     (`shard_map`, half precision, `jax.export`).
+
+    For [`lineax.linear_solve`][] the `options` are those of Lineax's iterative solvers:
+    `preconditioner`, an operator that approximates the inverse, and `y0`, a first guess
+    of the solution.
     """
+
+    @property
+    @abc.abstractmethod
+    def norm(self) -> Norm:
+        """The norm of the `residual` in `stats`."""
 
     @abc.abstractmethod
     def solve(
@@ -44,7 +63,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
         mv: Callable[[PyTree[Array]], PyTree[Array]],
         vector: PyTree[Array],
         *,
-        tolerance: Scalar | float,
+        tolerance: Array | float,
         batching: AbstractBatching,
         is_batch: bool = False,
     ) -> Solution:
@@ -62,18 +81,29 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
         """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
-        del options
         if operator.in_structure() != operator.out_structure():
             raise ValueError(
                 f"`{type(self).__name__}` needs a square operator; got one that maps "
                 f"{operator.in_structure()} to {operator.out_structure()}."
             )
-        return operator
+        unknown = options.keys() - {"preconditioner", "y0"}
+        if unknown:
+            raise ValueError(
+                f"`{type(self).__name__}` has the `options` `preconditioner` and `y0`; "
+                f"got {sorted(unknown)}."
+            )
+        return operator, options.get("preconditioner")
 
     def compute(self, state, vector: PyTree[Array], options: dict[str, Any]):
-        del options
-        sol = self.solve(
-            state.mv, vector, tolerance=100 * rounding(vector), batching=Staged()
+        operator, preconditioner = state
+        sol = solve_preconditioned(
+            self,
+            operator.mv,
+            vector,
+            preconditioner=None if preconditioner is None else preconditioner.mv,
+            guess=options.get("y0"),
+            tolerance=100 * rounding(vector),
+            batching=Staged(),
         )
         stats = {k: v for k, v in sol.stats.items() if k != "max_steps"}
         ran_out = sol.result == RESULTS.max_steps_reached
@@ -84,11 +114,75 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[lx.AbstractLinearOperator
         result = lx.RESULTS.where(is_good, lx.RESULTS.successful, result)
         return sol.value, result, stats
 
-    def transpose(self, state: lx.AbstractLinearOperator, options: dict[str, Any]):
-        return state.T, options
+    def transpose(self, state, options: dict[str, Any]):
+        # A guess is one of the system that is not transposed.
+        operator, preconditioner = state
+        transposed = None if preconditioner is None else preconditioner.T
+        return (operator.T, transposed), {}
 
-    def conj(self, state: lx.AbstractLinearOperator, options: dict[str, Any]):
-        return lx.conj(state), options
+    def conj(self, state, options: dict[str, Any]):
+        operator, preconditioner = state
+        conjugate = None if preconditioner is None else lx.conj(preconditioner)
+        return (lx.conj(operator), conjugate), {}
 
     def assume_full_rank(self) -> bool:
         return True
+
+
+def solve_preconditioned(
+    solver: AbstractMatrixFreeSolver,
+    mv: Callable[[PyTree[Array]], PyTree[Array]],
+    vector: PyTree[Array],
+    *,
+    preconditioner: Callable[[PyTree[Array]], PyTree[Array]] | None,
+    guess: PyTree[Array] | None,
+    tolerance: Array | float,
+    batching: AbstractBatching,
+    is_batch: bool = False,
+) -> Solution:
+    """Solve `mv(x) = vector` with what any matrix-free solver can be given besides.
+
+    **Arguments:**
+
+    - `preconditioner`: A linear function that approximates the inverse of `mv`. It is
+        applied from the right, so that residuals stay those of the system.
+    - `guess`: Where to begin, unless zero is nearer.
+    - The others: As for `solver.solve`.
+
+    Cost: besides the solver's, an application of the preconditioner a step and one
+    more, and a product with `mv` for the guess.
+    """
+    each = per_sample(is_batch)
+    solve = ft.partial(solver.solve, batching=batching, is_batch=is_batch)
+    start, rhs = None, vector
+    if guess is not None:
+        residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
+        start, rhs, gain = each(ft.partial(_begin, solver.norm))(
+            vector, guess, residual
+        )
+        tolerance = jnp.asarray(tolerance, gain.dtype) * gain
+    if preconditioner is None:
+        sol = solve(mv, rhs, tolerance=tolerance)
+        value = sol.value
+    else:
+        sol = solve(lambda w: mv(preconditioner(w)), rhs, tolerance=tolerance)
+        value = preconditioner(sol.value)
+    stats = sol.stats
+    if start is not None:
+        value = jtu.tree_map(jnp.add, start, value)
+        stats = {**stats, "num_fn_evals": stats["num_fn_evals"] + 1}
+    return dataclasses.replace(sol, value=value, stats=stats)
+
+
+def _begin(
+    norm: Norm, vector: PyTree[Array], guess: PyTree[Array], residual: PyTree[Array]
+) -> tuple[PyTree[Array], PyTree[Array], Scalar]:
+    """The start, the right-hand side from there, and by how much that is smaller."""
+    size, left = norm(vector), norm(residual)
+    # False for a guess that is not finite.
+    is_nearer = left < size
+    zero = jtu.tree_map(jnp.zeros_like, guess)
+    start = tree_where(is_nearer, guess, zero)
+    rhs = tree_where(is_nearer, residual, vector)
+    gain = jnp.where(is_nearer, size / divisor(left), 1)
+    return start, rhs, gain

@@ -69,6 +69,10 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         if self.solver is not None:
             check_instance("solver", self.solver, AbstractFixedPointSolver)
 
+    @property
+    def norm(self):
+        return max_norm if self.solver is None else self.solver.norm
+
     def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
         each = per_sample(is_batch)
         unit = each(lambda v: divisor(max_norm(v)))(vector)

@@ -16,6 +16,8 @@ from .base import AbstractMatrixFreeSolver
 
 # The recurrence that stops GMRES and the residual that judges it differ by rounding.
 _SLACK = 2.0
+# The memory of a large system is worth more than a step saved.
+_RESTART, _RESTART_LARGE, _LARGE = 50, 20, 100_000
 
 
 class KrylovLinearSolver(AbstractMatrixFreeSolver):
@@ -40,15 +42,20 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
 
     rtol: RealScalarLike | None = None
     atol: RealScalarLike = 0.0
-    restart: int = eqx.field(static=True, default=50)
+    restart: int | None = eqx.field(static=True, default=None)
     max_steps: int = eqx.field(static=True, default=512)
 
     def __check_init__(self):
         if self.rtol is not None:
             check_nonnegative("rtol", self.rtol)
         check_nonnegative("atol", self.atol)
-        check_integer("restart", self.restart, 1)
+        if self.restart is not None:
+            check_integer("restart", self.restart, 1)
         check_integer("max_steps", self.max_steps, 1)
+
+    @property
+    def norm(self):
+        return two_norm
 
     def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
         each = per_sample(is_batch)
@@ -58,6 +65,9 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
             sample = jtu.tree_map(cut, sample)
         ravel, unravel = map(each, raveller(sample))
         flat = ravel(vector)
+        restart = self.restart
+        if restart is None:
+            restart = _RESTART if flat.shape[-1] <= _LARGE else _RESTART_LARGE
         rtol = tolerance if self.rtol is None else self.rtol
         dtype = residual_dtype(vector)
         limit = jnp.asarray(rtol, dtype) + jnp.asarray(self.atol, dtype)
@@ -66,7 +76,7 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
             lambda x: ravel(mv(unravel(x))),
             flat,
             tolerance=limit,
-            restart=self.restart,
+            restart=restart,
             max_steps=self.max_steps,
             batching=batching,
             is_batch=is_batch,
@@ -98,6 +108,7 @@ KrylovLinearSolver.__init__.__doc__ = """**Arguments:**
 - `rtol`: The residual to reach, relative to the right-hand side, both in the two-norm.
     `None` is, for an adjoint, the relative tolerance that its forward solve had.
 - `atol`: Added to `rtol`: a linear solve knows no other scale than its right-hand side.
-- `restart`: The vectors that are kept, at least 1.
+- `restart`: The vectors that are kept, at least 1. `None` is 50, and 20 for systems of
+    more than 100,000 unknowns.
 - `max_steps`: The most products with the matrix.
 """

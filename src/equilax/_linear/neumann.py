@@ -48,6 +48,10 @@ class Neumann(AbstractMatrixFreeSolver):
         check_integer("num_terms", self.num_terms, 0)
         check_fraction("damp", self.damp)
 
+    @property
+    def norm(self):
+        return max_norm
+
     def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
         del tolerance, batching
         each = per_sample(is_batch)

@@ -9,7 +9,8 @@ from .._dtype import at_least_single, residual_dtype
 from .._misc import difference, tree_allfinite, tree_where
 from .._norm import max_norm
 from . import ring
-from .base import AbstractFixedPointSolver, Step
+from .base import Step
+from .inverse_estimate import AbstractInverseEstimate
 
 
 # A change of the residual this small against it, in roundings, holds no information.
@@ -30,7 +31,7 @@ class _BadBroydenState(eqx.Module):
     last_residual: PyTree[Array]
 
 
-class BadBroyden(AbstractFixedPointSolver[Y, _BadBroydenState]):
+class BadBroyden(AbstractInverseEstimate[Y, _BadBroydenState]):
     r"""Broyden's second method (the bad one), with limited memory.
 
     With $g(y) = f(y) - y$, $H_k$ approximates the inverse of the Jacobian of $g$:
@@ -129,23 +130,7 @@ class BadBroyden(AbstractFixedPointSolver[Y, _BadBroydenState]):
         )
         return Step(new_y, new)
 
-    def inverse_product(
-        self, state: _BadBroydenState, vector: PyTree[Array], *, transpose: bool = False
-    ) -> PyTree[Array]:
-        r"""Multiply by the estimate $H$ of $(J - I)^{-1}$ in which a solve ended.
-
-        **Arguments:**
-
-        - `state`: The `Solution.state` of that solve.
-        - `vector`: A tree like `y`.
-        - `transpose`: Whether to multiply by $H^T$, as a cotangent needs.
-
-        **Returns:**
-
-        A tree like `y`, in at least single precision.
-
-        Cost: `2 * history_length` passes through a `y`.
-        """
+    def inverse_product(self, state, vector, *, transpose=False):
         wide = lambda x: x.astype(at_least_single(x.dtype))
         rings = (state.changes, state.additions)
         left, right = rings[::-1] if transpose else rings

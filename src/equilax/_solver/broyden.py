@@ -9,8 +9,9 @@ from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import factors, ring
-from .base import AbstractFixedPointSolver, Step
+from .base import Step
 from .factors import Factors
+from .inverse_estimate import AbstractInverseEstimate
 from .line_search import AbstractLineSearch, FullStep
 
 
@@ -40,7 +41,7 @@ class _Proposal(eqx.Module):
     is_restart: BoolScalar
 
 
-class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
+class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
     r"""Broyden's method (the good one), with limited memory.
 
     With $g(y) = f(y) - y$, $H_k$ approximates the inverse of the Jacobian of $g$:
@@ -208,19 +209,7 @@ class Broyden(AbstractFixedPointSolver[Y, _BroydenState]):
             Factors(rows, units, gram, has_next, lengths, num_used), *rest
         )
 
-    def inverse_product(
-        self, state: _BroydenState, vector: PyTree[Array], *, transpose: bool = False
-    ) -> PyTree[Array]:
-        r"""Multiply by the estimate $H$ of $(J - I)^{-1}$ in which a solve ended.
-
-        **Arguments:**
-
-        - `state`: The `Solution.state` of that solve.
-        - `vector`: A tree like `y`.
-        - `transpose`: Whether to multiply by $H^T$, as a cotangent needs.
-
-        Cost: `2 * history_length` passes through a `y`.
-        """
+    def inverse_product(self, state, vector, *, transpose=False):
         old = state.factors
         wide = lambda x: x.astype(at_least_single(x.dtype))
         vector = jtu.tree_map(wide, vector)
