@@ -3,8 +3,13 @@ import importlib.metadata
 from . import nn as nn
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
+    AbstractImplicitAdjoint as AbstractImplicitAdjoint,
+    AdjointMonitor as AdjointMonitor,
     ImplicitAdjoint as ImplicitAdjoint,
+    OnFailure as OnFailure,
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
+    ReversibleAdjoint as ReversibleAdjoint,
+    SharedInverseAdjoint as SharedInverseAdjoint,
 )
 from ._batching import (
     AbstractBatching as AbstractBatching,
@@ -12,16 +17,21 @@ from ._batching import (
     Staged as Staged,
     Vmapped as Vmapped,
 )
+from ._diagnostics import error_bound as error_bound, ErrorBound as ErrorBound
 from ._fixed_point import fixed_point as fixed_point
 from ._linear import (
+    AbstractMatrixFreeSolver as AbstractMatrixFreeSolver,
+    FallbackLinearSolver as FallbackLinearSolver,
     FixedPointLinearSolver as FixedPointLinearSolver,
     KrylovLinearSolver as KrylovLinearSolver,
     Neumann as Neumann,
 )
 from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_norm
 from ._solution import RESULTS as RESULTS, Solution as Solution
+from ._solve_adjoint import solve_adjoint as solve_adjoint
 from ._solver import (
     AbstractFixedPointSolver as AbstractFixedPointSolver,
+    AbstractInverseEstimate as AbstractInverseEstimate,
     AbstractLineSearch as AbstractLineSearch,
     Aitken as Aitken,
     Anderson as Anderson,

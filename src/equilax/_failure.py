@@ -1,6 +1,7 @@
 """Errors for solves that failed, which speak of the whole batch."""
 
 import dataclasses
+import functools as ft
 import math
 from collections.abc import Sequence
 from typing import Any, cast
@@ -17,7 +18,10 @@ from ._solution import RESULTS
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """A way to fail: the name of its `RESULTS` item, and what to say of it."""
+    """A way to fail: the name of its `RESULTS` item, and what to say of it.
+
+    The name is empty where there is but one way, for which no item stands.
+    """
 
     name: str
     reason: str
@@ -46,7 +50,8 @@ class _Messages:
             head = f"{self.subject} failed."
         else:
             head = f"{self.subject} failed for {count} of {self.num_solves} samples."
-        reasons = [f"`{kind.name}`: {kind.reason}" for kind in found]
+        names = [f"`{kind.name}`: " if kind.name else "" for kind in found]
+        reasons = [n + kind.reason for n, kind in zip(names, found, strict=True)]
         return "\n".join([head, *reasons, self.advice])
 
 
@@ -79,7 +84,7 @@ def _reporter(messages: _Messages):
 
 def raise_if_failed(
     tree: PyTree[Any],
-    result: RESULTS,
+    result: RESULTS | None,
     is_failed: Bool[Array, "..."],
     *,
     subject: str,
@@ -93,6 +98,7 @@ def raise_if_failed(
 
     **Arguments:**
 
+    - `result`: How each ended, or `None` if there is but one of `kinds`.
     - `kinds`: The ways to fail. A result that is none of them counts as the last.
     - `is_batch`: Whether `result` and `is_failed` are those of a batch.
     """
@@ -100,7 +106,7 @@ def raise_if_failed(
 
     def check(result, is_failed):
         flags = [result == getattr(RESULTS, kind.name) for kind in kinds[:-1]]
-        is_other = jnp.logical_not(jnp.any(jnp.stack(flags)))
+        is_other = jnp.logical_not(ft.reduce(jnp.logical_or, flags, False))
         found = jnp.stack([*flags, is_other]) & is_failed
         return report(found.astype(jnp.int32))
 

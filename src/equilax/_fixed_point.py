@@ -1,9 +1,16 @@
+import dataclasses
 from typing import Any
 
 import equinox as eqx
 from jaxtyping import PyTree
 
-from ._adjoint import AbstractAdjoint, ImplicitAdjoint, Problem
+from ._adjoint import (
+    AbstractAdjoint,
+    AdjointMonitor,
+    Ended,
+    ImplicitAdjoint,
+    Problem,
+)
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance, check_integer
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
@@ -15,6 +22,7 @@ from ._trace import (
     as_state,
     check_axis_names,
     check_batch,
+    check_like,
     move,
     trace,
     ValueOf,
@@ -27,7 +35,7 @@ _KINDS = tuple(
 )
 
 
-def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux):
+def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor):
     check_callable("fn", fn, "fn(y, args)")
     check_instance("solver", solver, AbstractFixedPointSolver)
     check_instance("adjoint", adjoint, AbstractAdjoint)
@@ -35,6 +43,16 @@ def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux):
     check_instance("throw", throw, bool)
     check_instance("has_aux", has_aux, bool)
     check_integer("max_steps", max_steps, 1)
+    if monitor is not None:
+        check_instance("monitor", monitor, AdjointMonitor)
+
+
+def _check_monitor(monitor, y0, batch_axis):
+    """The monitor, its solution with the batch along the first axis."""
+    if monitor is None or monitor.solution is None:
+        return monitor
+    solution = check_like("monitor.solution", monitor.solution, y0)
+    return dataclasses.replace(monitor, solution=move(solution, batch_axis, 0))
 
 
 def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
@@ -54,61 +72,67 @@ def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
     )
 
 
+class _Settings(eqx.Module):
+    """The arguments of a solve but for those of `fn`."""
+
+    solver: AbstractFixedPointSolver
+    state: PyTree[Any]
+    monitor: AdjointMonitor | None
+    adjoint: AbstractAdjoint
+    batching: AbstractBatching
+    tags: frozenset[object] = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True)
+    throw: bool = eqx.field(static=True)
+    has_aux: bool = eqx.field(static=True)
+    batch_axis: int | None = eqx.field(static=True)
+
+
+def _solve(problem: Problem, run) -> Ended:
+    """Solve by `run`, down to the value to be returned."""
+    end = iterate(
+        problem.fn,
+        problem.solver,
+        problem.y0,
+        problem.args,
+        max_steps=problem.max_steps,
+        is_batch=problem.is_batch,
+        state=problem.state,
+        run=run,
+    )
+    # Here, so that derivatives are those at the value that is returned.
+    is_successful = end.result == RESULTS.successful
+    y, residual, stats = per_sample(problem.is_batch)(problem.solver.postprocess)(
+        end.y, end.residual, is_successful, end.state
+    )
+    return eqx.tree_at(lambda e: (e.y, e.residual), end, (y, residual)), stats
+
+
 @eqx.filter_jit
-def _fixed_point(
-    fn,
-    solver,
-    y0,
-    args,
-    state,
-    has_aux,
-    max_steps,
-    adjoint,
-    batching,
-    throw,
-    tags,
-    batch_axis,
-) -> Solution:
+def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
+    has_aux, batch_axis = settings.has_aux, settings.batch_axis
+    is_batch = batch_axis is not None
     y0 = as_state(y0)
     check_batch(y0, batch_axis)
-    is_batch = batch_axis is not None
-    each = per_sample(is_batch)
+    monitor = _check_monitor(settings.monitor, y0, batch_axis)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
-    check_axis_names(hoisted, batching)
+    check_axis_names(hoisted, settings.batching)
+    solver, state, max_steps = settings.solver, settings.state, settings.max_steps
     if state is not None:
-        check_solver_state(solver, state0, state, max_steps, each)
-
-    def solve(problem, run):
-        end = iterate(
-            problem.fn,
-            problem.solver,
-            problem.y0,
-            problem.args,
-            max_steps=problem.max_steps,
-            is_batch=problem.is_batch,
-            state=problem.state,
-            run=run,
-        )
-        # Here, so that derivatives are those at the value that is returned.
-        is_successful = end.result == RESULTS.successful
-        y, residual, stats = each(problem.solver.postprocess)(
-            end.y, end.residual, is_successful, end.state
-        )
-        return eqx.tree_at(lambda e: (e.y, e.residual), end, (y, residual)), stats
-
+        check_solver_state(solver, state0, state, max_steps, per_sample(is_batch))
     problem = Problem(
         ValueOf(hoisted),
         solver,
         state0,
         args,
         state,
-        batching,
-        tags,
+        monitor,
+        settings.batching,
+        settings.tags,
         max_steps,
-        throw,
+        settings.throw,
         is_batch,
     )
-    end, stats = adjoint.apply(solve, problem)
+    end, stats = settings.adjoint.apply(_solve, problem)
     # The derivative of `aux` runs through `value` and through `fn` here.
     aux = hoisted(end.y, args)[1] if has_aux else None
     stats = {
@@ -120,7 +144,7 @@ def _fixed_point(
     }
     value = move(end.y, 0, batch_axis)
     sol = Solution(value, end.result, aux, stats, end.state)
-    return _raise_on_failure(sol, is_batch) if throw else sol
+    return _raise_on_failure(sol, is_batch) if settings.throw else sol
 
 
 def fixed_point(
@@ -137,6 +161,7 @@ def fixed_point(
     tags: frozenset[object] = frozenset(),
     batch_axis: int | None = None,
     state: PyTree[Any] = None,
+    monitor: AdjointMonitor | None = None,
 ) -> Solution[Y, Aux]:
     r"""Find a `y` such that `fn(y, args) == y`.
 
@@ -174,6 +199,8 @@ def fixed_point(
     - `state`: The `Solution.state` of an earlier solve by the same solver, to go on
         with what that one learnt of `fn`: from its `value` as `y0`, or for a problem
         next to it. Its derivative is zero, like that of `y0`. Keyword only argument.
+    - `monitor`: An [`equilax.AdjointMonitor`][], whose gradient tells how the backward
+        pass went. Keyword only argument.
 
     **Returns:**
 
@@ -187,18 +214,17 @@ def fixed_point(
     Cost: an evaluation of `fn` more than the solver takes steps, and another one for
     `aux`. Memory: that of the solver, and three times `y`.
     """
-    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux)
-    return _fixed_point(
-        fn,
+    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor)
+    settings = _Settings(
         solver,
-        y0,
-        args,
         state,
-        has_aux,
-        int(max_steps),
+        monitor,
         adjoint,
         batching,
-        throw,
         tags,
+        int(max_steps),
+        throw,
+        has_aux,
         batch_axis,
     )
+    return _fixed_point(fn, y0, args, settings)

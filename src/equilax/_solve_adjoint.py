@@ -1,7 +1,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax
 from jaxtyping import PyTree
 
 from ._adjoint import (
@@ -11,6 +10,7 @@ from ._adjoint import (
     linear_system,
     Problem,
     SharedInverseAdjoint,
+    transpose_system,
 )
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance
@@ -19,11 +19,6 @@ from ._misc import per_sample
 from ._solution import Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state
 from ._trace import as_state, check_batch, check_like, move, trace, ValueOf
-
-
-def _transposed(linear, like):
-    transpose = jax.linear_transpose(linear, like)
-    return lambda x: transpose(x)[0]
 
 
 @eqx.filter_jit
@@ -67,21 +62,17 @@ def _solve_adjoint(
     )
     rule = adjoint.rule(problem)
     system = linear_system(rule, problem, y, state)
-    ravelling = system.ravelling
-    vector = ravelling.ravel(y)
-    # By the conventions of JAX a cotangent is not ravelled as a tangent is.
-    to_vector = _transposed(ravelling.unravel, vector)
-    from_vector = _transposed(ravelling.ravel, y)
-    start = None if guess is None else to_vector(move(guess, batch_axis, 0))
-    ct = to_vector(move(cotangent, batch_axis, 0))
-    outcome = system.transpose_solve(_transposed(system.mv, vector), ct, start)
+    flipped = transpose_system(system, y)
+    start = None if guess is None else flipped.to_vector(move(guess, batch_axis, 0))
+    vector = flipped.to_vector(move(cotangent, batch_axis, 0))
+    outcome = system.transpose_solve(flipped.mv, vector, start)
     value = outcome.value
     if throw:
         value = checked(
             outcome, throw=True, on_failure=rule.on_failure, is_batch=is_batch
         )
     stats = {**outcome.stats, "is_usable": outcome.is_usable}
-    value = move(from_vector(value), 0, batch_axis)
+    value = move(flipped.from_vector(value), 0, batch_axis)
     return Solution(value, outcome.result, None, stats, None)
 
 

@@ -58,25 +58,35 @@ def _split(out: Any, has_aux: bool) -> tuple[Any, Any]:
     return out
 
 
-def _check_output(y0, f):
-    """Compare what `fn` returns with `y0`: structure, then shape and dtype by leaf."""
-    got, expected = jtu.tree_structure(f), jtu.tree_structure(y0)
-    if got != expected:
+def _check_same(subject: str, verb: str, like: str, got: Any, expected: Any):
+    """Compare with `expected`: structure, then shape and dtype by leaf."""
+    a, b = jtu.tree_structure(got), jtu.tree_structure(expected)
+    if a != b:
         raise ValueError(
-            "`fn` must return the structure of `y0`; got\n"
-            f"  {got}\nexpected\n  {expected}."
+            f"{subject} must {verb} the structure of {like}; got\n"
+            f"  {a}\nexpected\n  {b}."
         )
-    for (path, a), b in zip(
-        jtu.tree_leaves_with_path(y0), jtu.tree_leaves(f), strict=True
+    for (path, b), a in zip(
+        jtu.tree_leaves_with_path(expected), jtu.tree_leaves(got), strict=True
     ):
-        b = jnp.asarray(b)
+        a = jnp.asarray(a)
         if (a.shape, a.dtype) != (b.shape, b.dtype):
             where = jtu.keystr(path)
             raise ValueError(
-                "`fn` must return the shapes and dtypes of `y0`; got "
-                f"{b.dtype}{list(b.shape)}, expected {a.dtype}{list(a.shape)}"
+                f"{subject} must {verb} the shapes and dtypes of {like}; got "
+                f"{a.dtype}{list(a.shape)}, expected {b.dtype}{list(b.shape)}"
                 f"{f' in the leaf at {where}' if where else ''}."
             )
+
+
+def check_like(name: str, tree: PyTree[Any], y: PyTree[Array]) -> PyTree[Array]:
+    """`tree` as arrays, or an error if it is no tree like `y`."""
+    if jtu.tree_structure(tree) == jtu.tree_structure(y):
+        # A number of Python's has no dtype of its own.
+        convert = lambda x, a: x if hasattr(x, "dtype") else jnp.asarray(x, a.dtype)
+        tree = jtu.tree_map(convert, tree, y)
+    _check_same(f"`{name}`", "have", "`y`", tree, y)
+    return tree
 
 
 def check_batch(y0: PyTree[Array], axis: int | None) -> None:
@@ -117,7 +127,7 @@ def trace(
     def checked(y, args):
         y = move(y, 0, batch_axis)
         f, aux = _split(fn(y, args), has_aux)
-        _check_output(y, f)
+        _check_same("`fn`", "return", "`y0`", f, y)
         f = jtu.tree_map(lambda x, like: jnp.asarray(x, like.dtype), f, y)
         axes.append([varying(x) for x in jtu.tree_leaves(f)])
         return move(f, batch_axis, 0), aux

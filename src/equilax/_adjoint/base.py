@@ -7,6 +7,7 @@ from jaxtyping import PyTree
 
 from .._batching import AbstractBatching
 from .._solver import AbstractFixedPointSolver, Progress
+from .monitor import AdjointMonitor
 
 
 # How a solve ended, its `y` the one to return, and what the solver adds to `stats`.
@@ -20,6 +21,7 @@ class Problem(eqx.Module):
 
     - `fn`: Maps `(y, args)` to a tree like `y`. A pytree that captures nothing.
     - `solver`, `y0`, `args`, `state`: As for [`equilax.fixed_point`][].
+    - `monitor`: Collects what the backward pass has to say, or `None`.
     - `batching`: How a vmapped solve runs; the adjoint's takes the same road.
     - `tags`: Lineax tags of the Jacobian of `y - fn(y, args)` with respect to `y`.
     - `max_steps`: The most steps to take.
@@ -32,6 +34,7 @@ class Problem(eqx.Module):
     y0: PyTree[Any]
     args: PyTree[Any]
     state: PyTree[Any]
+    monitor: AdjointMonitor | None
     batching: AbstractBatching
     tags: frozenset[object] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)

@@ -1,55 +1,23 @@
 from collections.abc import Callable
+from typing import Any
 
 import equinox as eqx
-import jax
+import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+from jaxtyping import Array, PyTree
 
-from .._linear import FixedPointLinearSolver
-from .base import AbstractAdjoint, Ended, Problem
-from .linear_system import solve_linear_system
-
-
-def _is_none(x) -> bool:
-    return x is None
-
-
-@eqx.filter_custom_jvp
-def _solve(
-    solve: Callable[[Problem, Callable], Ended],
-    problem: Problem,
-    linear_solver: lx.AbstractLinearSolver,
-) -> Ended:
-    del linear_solver
-    return solve(problem, problem.batching.solve)
+from .._check import check_callable
+from .._linear import AbstractMatrixFreeSolver, FallbackLinearSolver
+from .._misc import hoist, struct
+from .base import Problem
+from .implicit_rule import solve_implicitly
+from .on_failure import OnFailure
+from .preconditioner import Given
+from .rule import AbstractImplicitAdjoint, check_rule, Rule
 
 
-@_solve.def_jvp
-def _solve_jvp(primals, tangents):
-    solve, problem, linear_solver = primals
-    ended = _solve(solve, problem, linear_solver)
-    y = ended[0].y
-    t_ended = jtu.tree_map(lambda _: None, ended)
-
-    # Of `y0`, the solver and the linear solver the solution is independent.
-    params = (problem.fn, problem.args)
-    t_params = (tangents[1].fn, tangents[1].args)
-    if not jtu.tree_leaves(t_params):
-        return ended, t_ended
-    no_tangent = jtu.tree_map(_is_none, t_params, is_leaf=_is_none)
-    fixed, moving = eqx.partition(params, no_tangent, is_leaf=_is_none)
-
-    def of_params(moving):
-        fn, args = eqx.combine(moving, fixed)
-        return fn(y, args)
-
-    _, rhs = jax.jvp(of_params, (moving,), (t_params,))
-    t_y = solve_linear_system(linear_solver, rhs, y, problem)
-    t_ended = eqx.tree_at(lambda e: e[0].y, t_ended, t_y, is_leaf=_is_none)
-    return ended, t_ended
-
-
-class ImplicitAdjoint(AbstractAdjoint):
+class ImplicitAdjoint(AbstractImplicitAdjoint):
     r"""Differentiate by the implicit function theorem, not through the iterations.
 
     At $y = f(y, \theta)$, with $J = \partial f / \partial y$,
@@ -62,32 +30,67 @@ class ImplicitAdjoint(AbstractAdjoint):
     `stats` and `state`.
 
     A linear solve that fails is never silent: it raises if the solve was called with
-    `throw=True`, and otherwise makes the derivative of that sample not-a-number. One
-    that stops at the level of rounding of the dtype has not failed.
+    `throw=True`, and otherwise `on_failure` says what becomes of the derivative of that
+    sample. One that stops at the level of rounding of the dtype has not failed. An
+    [`equilax.AdjointMonitor`][] tells the steps, residuals and failures of the backward
+    pass.
 
     Cost: one linearisation of `fn`, and a product with $J$ or $J^T$ for each step of
     the linear solver. Memory: the linearisation and the linear solver's, independent of
     the steps of the forward solve.
     """
 
-    linear_solver: lx.AbstractLinearSolver = FixedPointLinearSolver()
+    linear_solver: lx.AbstractLinearSolver = FallbackLinearSolver()
+    preconditioner: Callable[..., PyTree[Array]] | None = None
+    on_failure: OnFailure = eqx.field(static=True, default=OnFailure.nan)
 
     def __check_init__(self):
-        if not isinstance(self.linear_solver, lx.AbstractLinearSolver):
-            raise TypeError(
-                "`linear_solver` must be a Lineax solver, such as "
-                "`equilax.FixedPointLinearSolver()` or `lineax.LU()`; got "
-                f"{self.linear_solver!r}."
+        check_rule(self.linear_solver, self.on_failure)
+        if self.preconditioner is None:
+            return
+        check_callable("preconditioner", self.preconditioner, "fn(vector, y, args)")
+        if not isinstance(self.linear_solver, AbstractMatrixFreeSolver):
+            raise ValueError(
+                "`preconditioner` needs a matrix-free `linear_solver`, such as "
+                "`equilax.KrylovLinearSolver()`; got "
+                f"{type(self.linear_solver).__name__}."
             )
 
+    def rule(self, problem: Problem) -> Rule:
+        preconditioner = None
+        if self.preconditioner is not None:
+            y, fn = problem.y0, self.preconditioner
+            hoisted = hoist(
+                lambda v, y, args: _like(fn(v, y, args), v), y, y, problem.args
+            )
+            preconditioner = Given(hoisted)
+        return Rule(self.linear_solver, preconditioner, self.on_failure)
+
     def apply(self, solve, problem):
-        return _solve(solve, problem, self.linear_solver)
+        return solve_implicitly(solve, problem, self.rule(problem))
+
+
+def _like(product: Any, vector: PyTree[Array]) -> PyTree[Array]:
+    """Compare what a preconditioner returns with the vector that it was given."""
+    got = struct(jtu.tree_map(jnp.asarray, product))
+    if not eqx.tree_equal(got, struct(vector)):
+        raise ValueError(
+            "`preconditioner` must return a tree like `vector`; got "
+            f"{got}, expected {struct(vector)}."
+        )
+    return product
 
 
 ImplicitAdjoint.__init__.__doc__ = """**Arguments:**
 
-- `linear_solver`: The solver of the linear system, any Lineax solver.
-    [`equilax.FixedPointLinearSolver`][] and [`equilax.Neumann`][] are matrix-free, and
-    work in `shard_map`, in half precision and under `jax.export` too. Lineax's direct
+- `linear_solver`: The solver of the linear system, any Lineax solver. The default is
+    [`equilax.FallbackLinearSolver`][]. It, [`equilax.FixedPointLinearSolver`][],
+    [`equilax.KrylovLinearSolver`][] and [`equilax.Neumann`][] are matrix-free, and work
+    in `shard_map`, in half precision and under `jax.export` too. Lineax's direct
     solvers materialise the Jacobian, per sample.
+- `preconditioner`: A function `fn(vector, y, args)`, linear in `vector`, that
+    approximates $(I - J)^{-1}$ times it at the solution `y`. It is transposed for
+    reverse mode. Under a `batch_axis`, `vector` and `y` have the batch first.
+- `on_failure`: What becomes of the derivative of a sample whose linear solve failed,
+    with `throw=False`.
 """

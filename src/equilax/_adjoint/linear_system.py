@@ -1,139 +1,180 @@
-"""Solve the linear system of a derivative: the one place that knows by which road."""
+"""The linear system of a derivative, and the one place that knows by which road."""
 
 import functools as ft
 from collections.abc import Callable
+from typing import cast
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 import lineax as lx
+import numpy as np
 from jax import lax
-from jaxtyping import Array, Float, PyTree
+from jaxtyping import Array, PyTree
 
-from .._dtype import rounding
-from .._linear import AbstractMatrixFreeSolver, is_at_rounding
-from .._misc import any_varying, per_sample, struct
-from .._norm import divisor, max_norm
-from .._ravel import raveller
-from .._solution import RESULTS
-from .._solver import AbstractFixedPointSolver
+from .._dtype import at_least_single
+from .._linear import AbstractMatrixFreeSolver
+from .._misc import any_varying, struct, vary_over
 from .base import Problem
-from .outcome import checked
+from .matrix_free import matrix_free
+from .monitor import AdjointMonitor, as_vector, figures
+from .outcome import checked, Outcome
+from .ravelling import Ravelling, ravelling_of
+from .rule import Rule
+from .through_lineax import check_lineax, real_tags, through_lineax
 
 
-def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
-    """The relative tolerance that the forward solve had at `y`."""
-    size = max_norm(y)
-    absolute = jnp.asarray(solver.atol, size.dtype)
-    relative = jnp.asarray(solver.rtol, size.dtype)
-    relative = relative + absolute / jnp.where(size == 0, 1, size)
-    smallest = 4 * rounding(y)
-    return lax.stop_gradient(jnp.maximum(jnp.minimum(relative, 1e-3), smallest))
+class System(eqx.Module):
+    """`(I - J) t = rhs` with `J` the Jacobian of `fn` in `y`, as vectors.
 
+    **Attributes:**
 
-def _matrix_free(
-    linear_solver: AbstractMatrixFreeSolver, problem: Problem, y: PyTree[Array]
-) -> Callable:
-    """Solve by products alone, on the road that the forward solve took."""
-    each = per_sample(problem.is_batch)
-    tolerance = each(ft.partial(_tolerance, problem.solver))(y)
-
-    def accept(value, result, residual, vector):
-        is_usable = is_at_rounding(value, residual, vector)
-        is_usable = is_usable & (result == RESULTS.stagnation)
-        is_usable = is_usable | (result == RESULTS.successful)
-        return checked(value, result, is_usable, problem.throw)
-
-    def solve(mv, vector):
-        sol = linear_solver.solve(
-            mv,
-            vector,
-            tolerance=tolerance,
-            batching=problem.batching,
-            is_batch=problem.is_batch,
-        )
-        return each(accept)(sol.value, sol.result, sol.stats["residual"], vector)
-
-    return solve
-
-
-def _lineax(
-    linear_solver: lx.AbstractLinearSolver, tags: frozenset[object], throw: bool
-) -> Callable:
-    """Solve by `lineax.linear_solve`, whose own derivative rules are not used."""
-
-    def solve(mv, vector: Float[Array, " n"]):
-        # An iterative solver's `atol` is absolute; a derivative must not depend on the
-        # scale of its cotangent.
-        unit = divisor(max_norm(vector)).astype(vector.dtype)
-        operator = lx.FunctionLinearOperator(mv, struct(vector), tags)
-        sol = lx.linear_solve(operator, vector / unit, linear_solver, throw=False)
-        is_usable = sol.result == lx.RESULTS.successful
-        result = RESULTS.promote(sol.result)
-        return checked(sol.value * unit, result, is_usable, throw)
-
-    return solve
-
-
-def _check_lineax(
-    linear_solver: lx.AbstractLinearSolver, rhs: PyTree[Array], problem: Problem
-):
-    name = type(linear_solver).__name__
-    instead = "take `equilax.FixedPointLinearSolver` for the adjoint instead."
-    if any_varying(rhs, problem):
-        raise ValueError(
-            f"`linear_solver={name}` runs through `lineax.linear_solve`, which does "
-            f"not work inside `jax.shard_map` (Lineax 0.1.1): {instead}"
-        )
-    if problem.is_batch:
-        raise ValueError(
-            f"`linear_solver={name}` would solve one system for the whole batch of an "
-            f"`fn` with a `batch_axis`: {instead}"
-        )
-    half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
-    if half:
-        raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {instead}")
-
-
-def _real_tags(rhs: PyTree[Array], tags: frozenset[object]) -> frozenset[object]:
-    """The tags that also hold of the system in real and imaginary parts."""
-    definite = {lx.positive_semidefinite_tag, lx.negative_semidefinite_tag}
-    is_complex = [jnp.iscomplexobj(x) for x in jtu.tree_leaves(rhs)]
-    return tags & definite if any(is_complex) else tags
-
-
-def solve_linear_system(
-    linear_solver: lx.AbstractLinearSolver,
-    rhs: PyTree[Array],
-    y: PyTree[Array],
-    problem: Problem,
-) -> PyTree[Array]:
-    """Solve `(I - J) t = rhs`, with `J` the Jacobian of `fn` in `y`.
-
-    Linear in `rhs`, and transposed by JAX for reverse mode. `fn` is linearised once.
+    - `mv`: Multiplies a vector by `I - J`. `fn` has been linearised, once.
+    - `solve`, `transpose_solve`: Functions of `(mv, vector, guess)` that return an
+        [`Outcome`][].
     """
+
+    mv: Callable[[Array], Array] = eqx.field(static=True)
+    solve: Callable[..., Outcome] = eqx.field(static=True)
+    transpose_solve: Callable[..., Outcome] = eqx.field(static=True)
+    ravelling: Ravelling
+
+
+def linear_system(
+    rule: Rule, problem: Problem, y: PyTree[Array], state: PyTree[Array]
+) -> System:
+    """The system at the solution `y`, where the solver has ended in `state`."""
     _, product = jax.linearize(lambda y: problem.fn(y, problem.args), y)
-    if problem.is_batch:
-        sample = jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), rhs)
-        ravel, unravel = map(jax.vmap, raveller(sample))
-    else:
-        ravel, unravel = raveller(struct(rhs))
+    ravelling = ravelling_of(y, problem.is_batch)
+    ravel, unravel = ravelling.ravel, ravelling.unravel
 
     def mv(t):
         return t - ravel(product(unravel(t)))
 
-    if isinstance(linear_solver, AbstractMatrixFreeSolver):
-        solve = _matrix_free(linear_solver, problem, lax.stop_gradient(y))
-        transpose_solve = solve
+    if isinstance(rule.linear_solver, AbstractMatrixFreeSolver):
+        constants = lax.stop_gradient((y, state))
+        both = ft.partial(matrix_free, rule, problem, *constants, ravelling)
+        solve, transpose_solve = both(is_transposed=False), both(is_transposed=True)
     else:
-        _check_lineax(linear_solver, rhs, problem)
-        tags = _real_tags(rhs, problem.tags)
-        solve = _lineax(linear_solver, tags, problem.throw)
+        check_lineax(rule, y, problem)
+        tags = real_tags(y, problem.tags)
+        solve = through_lineax(rule.linear_solver, tags)
         transposed = lx.transpose_tags(tags)
-        transpose_solve = _lineax(linear_solver, transposed, problem.throw)
+        transpose_solve = through_lineax(rule.linear_solver, transposed)
+    return System(mv, solve, transpose_solve, ravelling)
+
+
+def derivative(
+    rule: Rule,
+    system: System,
+    problem: Problem,
+    rhs: PyTree[Array],
+    t_monitor: AdjointMonitor | None,
+) -> PyTree[Array]:
+    """Solve for the derivative in the direction of `rhs`.
+
+    Linear in `rhs`, and transposed by JAX for reverse mode.
+
+    **Arguments:**
+
+    - `t_monitor`: The tangent of the monitor. The solution does not depend on it, but
+        in reverse mode the figures of the solve become its cotangent.
+    """
+    check = ft.partial(
+        checked,
+        throw=problem.throw,
+        on_failure=rule.on_failure,
+        is_batch=problem.is_batch,
+    )
+    vector = system.ravelling.ravel(rhs)
+
     # Linear in its right-hand side whatever happens in `solve`, for which reason the
     # check of the outcome is in there.
-    out = lax.custom_linear_solve(
-        mv, ravel(rhs), solve, transpose_solve=transpose_solve
-    )
-    return unravel(out)
+    def solve(mv, vector):
+        return check(system.solve(mv, vector, None))
+
+    def transpose_solve(mv, vector):
+        return check(system.transpose_solve(mv, vector, None))
+
+    if t_monitor is None or not jtu.tree_leaves(t_monitor):
+        out = lax.custom_linear_solve(
+            system.mv, vector, solve, transpose_solve=transpose_solve
+        )
+        return system.ravelling.unravel(out)
+    return _watched(system, problem, vector, t_monitor, check)
+
+
+def _watched(
+    system: System,
+    problem: Problem,
+    vector: Array,
+    t_monitor: AdjointMonitor,
+    check: Callable[[Outcome], Array],
+) -> PyTree[Array]:
+    """Solve a system larger by the identity, for the tangent of the monitor.
+
+    The cotangent of that part is whatever the transposed solve makes it: the figures,
+    and the solution itself.
+    """
+    ravel, unravel = system.ravelling.ravel, system.ravelling.unravel
+    axes = any_varying(vector, problem)
+    solution = cast(AdjointMonitor, problem.monitor).solution
+    guess, t_guess = None, None
+    if solution is not None:
+        guess = lax.stop_gradient(ravel(solution))
+        zero = lambda t, s: jnp.zeros_like(s) if t is None else t
+        is_none = lambda t: t is None
+        t_guess = jtu.tree_map(zero, t_monitor.solution, solution, is_leaf=is_none)
+        t_guess = ravel(t_guess)
+    parts = (vector, as_vector(t_monitor), t_guess)
+    # One vector, as JAX transposes no system of which a part has no tangent. It must
+    # hold counts, which half precision does not.
+    pack, unpack = _packing(parts, at_least_single(vector.dtype))
+
+    def mv(packed):
+        first, *rest = unpack(packed)
+        return pack((system.mv(first), *rest))
+
+    def solve(_, packed):
+        first, *rest = unpack(packed)
+        return pack((check(system.solve(system.mv, first, None)), *rest))
+
+    def transpose_solve(transposed_mv, packed):
+        first, *rest = unpack(packed)
+
+        def first_mv(first):
+            return unpack(transposed_mv(pack((first, *rest))))[0]
+
+        outcome = system.transpose_solve(first_mv, first, guess)
+        value = check(outcome)
+        found = figures(
+            outcome.stats["num_steps"],
+            jnp.logical_not(outcome.is_usable),
+            outcome.relative,
+            problem.is_batch,
+        )
+        return pack((value, found, None if guess is None else value))
+
+    packed = vary_over(pack(parts), axes)
+    out = lax.custom_linear_solve(mv, packed, solve, transpose_solve=transpose_solve)
+    return unravel(unpack(out)[0])
+
+
+def _packing(parts, dtype) -> tuple[Callable, Callable]:
+    """To one vector of `dtype`, and back."""
+    leaves, treedef = jtu.tree_flatten(parts)
+    like = struct(leaves)
+    ends = np.cumsum([leaf.size for leaf in like])
+
+    def pack(parts):
+        flat = [x.astype(dtype).reshape(-1) for x in jtu.tree_leaves(parts)]
+        return jnp.concatenate(flat)
+
+    def unpack(packed):
+        pieces = jnp.split(packed, ends[:-1])
+        pairs = zip(pieces, like, strict=True)
+        leaves = [x.reshape(s.shape).astype(s.dtype) for x, s in pairs]
+        return jtu.tree_unflatten(treedef, leaves)
+
+    return pack, unpack

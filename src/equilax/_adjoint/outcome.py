@@ -1,10 +1,14 @@
+from typing import Any
+
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Bool, Float, PyTree
 
-from .._custom_types import BoolScalar
 from .._failure import Kind, raise_if_failed
+from .._misc import per_sample, tree_allfinite
 from .._solution import RESULTS
+from .on_failure import OnFailure
 
 
 _KINDS = (
@@ -19,8 +23,8 @@ _KINDS = (
     ),
     Kind(
         "divergence",
-        "It diverged. The Jacobian of `fn` does not contract at the solution; take a "
-        "direct solver such as `lineax.LU()`.",
+        "It diverged. The Jacobian of `fn` does not contract at the solution; take "
+        "`equilax.KrylovLinearSolver`, or a direct solver such as `lineax.LU()`.",
     ),
     Kind(
         "singular",
@@ -35,17 +39,45 @@ _KINDS = (
 )
 
 
+class Outcome(eqx.Module):
+    """How the linear solve of a derivative ended.
+
+    **Attributes:**
+
+    - `value`: The solution.
+    - `result`: How the solver says that it ended.
+    - `is_usable`: Whether the value may be used.
+    - `relative`: The norm of the residual, relative to that of the right-hand side.
+    - `stats`: As those of an [`equilax.Solution`][].
+    """
+
+    value: PyTree[Array]
+    result: RESULTS
+    is_usable: Bool[Array, "..."]
+    relative: Float[Array, "..."]
+    stats: dict[str, Any]
+
+
 def checked(
-    value: PyTree[Array], result: RESULTS, is_usable: BoolScalar, throw: bool
+    outcome: Outcome, *, throw: bool, on_failure: OnFailure, is_batch: bool
 ) -> PyTree[Array]:
-    """A linear solve that failed raises, or becomes NaN: never silently wrong."""
-    if not throw:
-        return jtu.tree_map(lambda x: jnp.where(is_usable, x, jnp.nan), value)
-    return raise_if_failed(
-        value,
-        result,
-        ~is_usable,
-        subject="The linear solve of a derivative",
-        kinds=_KINDS,
-        advice="`throw=False` gives a derivative of NaN in place of this error.",
-    )
+    """The value of a solve; one that failed raises, or meets with its policy."""
+    if throw:
+        return raise_if_failed(
+            outcome.value,
+            outcome.result,
+            ~outcome.is_usable,
+            subject="The linear solve of a derivative",
+            kinds=_KINDS,
+            advice="`throw=False` gives the derivative that the `on_failure` of the "
+            "adjoint says, in place of this error.",
+            is_batch=is_batch,
+        )
+
+    def settle(value, is_usable):
+        if on_failure is OnFailure.keep:
+            is_usable = is_usable | tree_allfinite(value)
+        other = jnp.nan if on_failure is OnFailure.nan else 0.0
+        return jtu.tree_map(lambda x: jnp.where(is_usable, x, other), value)
+
+    return per_sample(is_batch)(settle)(outcome.value, outcome.is_usable)

@@ -11,6 +11,7 @@ from .base import (
 from .best_so_far import BestSoFar as BestSoFar
 from .broyden import Broyden as Broyden
 from .fixed_point_iteration import FixedPointIteration as FixedPointIteration
+from .inverse_estimate import AbstractInverseEstimate as AbstractInverseEstimate
 from .iterate import iterate as iterate, make_loop as make_loop, Progress as Progress
 from .line_search import (
     AbstractLineSearch as AbstractLineSearch,
@@ -19,7 +20,7 @@ from .line_search import (
 )
 from .newton import Newton as Newton
 from .newton_krylov import NewtonKrylov as NewtonKrylov
-from .reversible import Reversible as Reversible
+from .reversible import Reversible as Reversible, Way as Way
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
 from .warm_start import check_solver_state as check_solver_state

@@ -26,6 +26,7 @@ class Evaluation(eqx.Module, Generic[Y]):
     - `f`: `fn(y, args)`. Finite where `proceed`.
     - `residual`: The solver's norm of `f - y`, in the units of `y`.
     - `scaled`: The solver's norm of `(f - y) / (atol + rtol * |y|)`.
+    - `size`: The solver's norm of `y`.
     - `best`, `best_residual`: The iterate of the smallest residual so far, this one
         included, and that residual.
     - `num_steps`: The steps taken so far in this solve. The same number for all samples
@@ -41,6 +42,7 @@ class Evaluation(eqx.Module, Generic[Y]):
     f: Y
     residual: Scalar
     scaled: Scalar
+    size: Scalar
     best: Y
     best_residual: Scalar
     num_steps: IntScalar

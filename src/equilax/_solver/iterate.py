@@ -145,6 +145,7 @@ def _advance(
             f,
             judged.residual,
             judged.scaled,
+            judged.size,
             best_y,
             seen.best_residual,
             num_steps,

@@ -1,21 +1,42 @@
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, PyTree, Scalar
 
 from .._check import check_fraction, check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
-from .._dtype import at_least_single, real
+from .._custom_types import IntScalar, Norm, RealScalarLike, Y
+from .._dtype import at_least_single, real, residual_dtype
 from .._misc import tree_where
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, Step
 from .budget import is_budget_of
 
 
-class _ReversibleState(eqx.Module):
-    # The iterate before this one, in the dtype of `y`: rounded as the iterates are, or
-    # the way back would not meet them.
+class Way(eqx.Module):
+    """How an iterate was reached.
+
+    **Attributes:**
+
+    - `previous`: The iterate before it, in the dtype of `y`: rounded as the iterates
+        are, or the way back would not meet them.
+    - `num_steps`: The steps that led to it from the start of this solve.
+    - `size`: The solver's norm of the largest iterate so far.
+    """
+
     previous: PyTree[Array]
+    num_steps: IntScalar
+    size: Scalar
+
+
+class _ReversibleState(eqx.Module):
+    # Of the iterate; once the solve has ended, of the one that is returned.
+    way: Way
+    # Of the best iterate, which a solve that failed returns.
+    best: Way
+
+    @property
+    def previous(self) -> PyTree[Array]:
+        return self.way.previous
 
 
 class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
@@ -42,8 +63,8 @@ class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
     [`equilax.Anderson`][]. A real eigenvalue outside of (-1, 1) makes it diverge,
     where [`equilax.FixedPointIteration`][] with a `damp` bears those below -1.
 
-    Cost: one evaluation of `fn` a step, and one more that tests the last. Memory: twice
-    `y`.
+    Cost: one evaluation of `fn` a step, and one more that tests the last. Memory: three
+    times `y`.
     """
 
     rtol: RealScalarLike
@@ -59,7 +80,10 @@ class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
 
     def init(self, y, *, max_steps, state=None):
         del max_steps
-        return _ReversibleState(y) if state is None else state
+        previous = y if state is None else state.way.previous
+        size = jnp.zeros((), residual_dtype(y))
+        way = Way(previous, jnp.zeros((), jnp.int32), size)
+        return _ReversibleState(way, way)
 
     def step(self, fn, at, args, state):
         del fn, args
@@ -70,13 +94,20 @@ class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
             new = (1 - weight) * old.astype(dtype) + weight * f.astype(dtype)
             return new.astype(f.dtype)
 
-        new_y = jtu.tree_map(mix, state.previous, at.f)
-        # The iterate that succeeded is returned, and from it a later solve goes on as
-        # if this had not stopped. One that failed returns the best, and rests there.
+        new_y = jtu.tree_map(mix, state.way.previous, at.f)
+        size = jnp.maximum(state.way.size, at.size)
+        here = Way(state.way.previous, at.num_steps, size)
+        # Of equals the last, as the loop has it.
+        is_best = at.residual <= at.best_residual
+        best = tree_where(is_best, here, state.best)
+        # Which iterate is returned. From there a later solve goes on as if this one had
+        # not stopped, and from there the steps are undone.
         is_budget = is_budget_of(self.rtol, self.atol)
-        is_kept = ~at.is_live | (at.is_finite & ((at.scaled < 1) | is_budget))
-        ended = tree_where(is_kept, state.previous, at.best)
-        return Step(new_y, _ReversibleState(tree_where(at.proceed, at.y, ended)))
+        is_last = (at.scaled < 1) | is_budget | ~at.is_finite
+        ended = tree_where(is_last, here, best)
+        new = Way(at.y, at.num_steps + 1, size)
+        moved = _ReversibleState(tree_where(at.proceed, new, ended), best)
+        return Step(new_y, tree_where(at.is_live, moved, state))
 
     def reverse(self, f: Y, new_y: Y) -> Y:
         r"""Undo a step: from $f(y_k)$ and $y_{k+1}$ to $y_{k-1}$.

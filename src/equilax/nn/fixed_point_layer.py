@@ -8,12 +8,18 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
-from .._adjoint import AbstractAdjoint, ImplicitAdjoint
+from .._adjoint import (
+    AbstractAdjoint,
+    AbstractImplicitAdjoint,
+    AdjointMonitor,
+    ImplicitAdjoint,
+)
 from .._batching import AbstractBatching, Staged
 from .._check import check_callable, check_instance, check_integer
 from .._fixed_point import fixed_point
 from .._misc import struct
 from .._solution import Solution
+from .._solve_adjoint import solve_adjoint
 from .._solver import AbstractFixedPointSolver
 
 
@@ -92,6 +98,7 @@ class FixedPointLayer(eqx.Module):
         *,
         z0: PyTree[Array] | None = None,
         key: PRNGKeyArray | None = None,
+        monitor: AdjointMonitor | None = None,
     ) -> PyTree[Array]:
         """**Arguments:**
 
@@ -101,12 +108,14 @@ class FixedPointLayer(eqx.Module):
         - `key`: A PRNG key, handed to a cell that takes one: the same in every
             evaluation of the solve, without which there is no fixed point. Keyword only
             argument.
+        - `monitor`: An [`equilax.AdjointMonitor`][], whose gradient tells how the
+            backward pass went. Keyword only argument.
 
         **Returns:**
 
         The equilibrium, of the structure, shapes and dtypes of `z0`.
         """
-        return self.solve(x, z0=z0, key=key).value
+        return self.solve(x, z0=z0, key=key, monitor=monitor).value
 
     def solve(
         self,
@@ -115,12 +124,13 @@ class FixedPointLayer(eqx.Module):
         z0: PyTree[Array] | None = None,
         key: PRNGKeyArray | None = None,
         state: PyTree[Any] = None,
+        monitor: AdjointMonitor | None = None,
     ) -> Solution:
         """As calling the layer, but returns the whole [`equilax.Solution`][].
 
         **Arguments:**
 
-        - `x`, `z0`, `key`: As for calling the layer.
+        - `x`, `z0`, `key`, `monitor`: As for calling the layer.
         - `state`: The `Solution.state` of an earlier solve, to go on with what it
             learnt of the cell: with its `value` as `z0`, from frame to frame, say.
             Keyword only argument.
@@ -133,6 +143,47 @@ class FixedPointLayer(eqx.Module):
             self._start(z0, args),
             args,
             max_steps=self.max_steps,
+            adjoint=self.adjoint,
+            batching=self.batching,
+            throw=self.throw,
+            state=state,
+            monitor=monitor,
+        )
+
+    def solve_adjoint(
+        self,
+        x: PyTree[Any],
+        z: PyTree[Array],
+        cotangent: PyTree[Array],
+        *,
+        key: PRNGKeyArray | None = None,
+        state: PyTree[Any] = None,
+    ) -> Solution:
+        """Do the linear solve of the backward pass, as [`equilax.solve_adjoint`][].
+
+        **Arguments:**
+
+        - `x`, `key`: As for calling the layer.
+        - `z`: The equilibrium.
+        - `cotangent`: The derivative of a loss in `z`.
+        - `state`: The `Solution.state` of the forward pass, for an adjoint that shares
+            it. Keyword only argument.
+
+        **Returns:**
+
+        An [`equilax.Solution`][], with the status, steps and residual of the solve.
+        """
+        if not isinstance(self.adjoint, AbstractImplicitAdjoint):
+            raise TypeError(
+                f"`adjoint={type(self.adjoint).__name__}` has no linear solve in its "
+                "backward pass."
+            )
+        return solve_adjoint(
+            _call,
+            self.solver,
+            z,
+            cotangent,
+            (self.cell, x, key if _takes_key(self.cell) else None),
             adjoint=self.adjoint,
             batching=self.batching,
             throw=self.throw,

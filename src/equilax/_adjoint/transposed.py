@@ -1,0 +1,101 @@
+"""The transposed system by itself: the linear solve of a backward pass."""
+
+import functools as ft
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+from .._misc import vary_over, varying
+from .base import Problem
+from .linear_system import System
+from .monitor import AdjointMonitor, figures
+from .outcome import checked, Outcome
+from .rule import Rule
+
+
+def transposed(linear: Callable, like: PyTree[Array]) -> Callable:
+    transpose = jax.linear_transpose(linear, like)
+    return lambda x: transpose(x)[0]
+
+
+def as_cotangents(cts: PyTree[Array], primals: PyTree[Array]) -> PyTree[Array]:
+    """Cotangents in the dtypes of the primals, summed over devices that share those."""
+
+    def convert(ct, primal):
+        shared = tuple(sorted(varying(ct) - varying(primal)))
+        ct = lax.psum(ct, shared) if shared else ct
+        return vary_over(ct.astype(primal.dtype), varying(primal))
+
+    return jtu.tree_map(convert, cts, primals)
+
+
+class Transposed(eqx.Module):
+    """`(I - J^T) u = v`, between trees like `y`.
+
+    **Attributes:**
+
+    - `to_vector`, `from_vector`: From a cotangent to the vector of the system, and from
+        its solution. By the conventions of JAX these are not those of a tangent.
+    - `mv`: Multiplies a vector by `I - J^T`.
+    """
+
+    to_vector: Callable[[PyTree[Array]], Array] = eqx.field(static=True)
+    from_vector: Callable[[Array], PyTree[Array]] = eqx.field(static=True)
+    mv: Callable[[Array], Array] = eqx.field(static=True)
+
+
+def transpose_system(system: System, y: PyTree[Array]) -> Transposed:
+    ravel, unravel = system.ravelling.ravel, system.ravelling.unravel
+    vector = ravel(y)
+    return Transposed(
+        transposed(unravel, vector),
+        transposed(ravel, y),
+        transposed(system.mv, vector),
+    )
+
+
+def settle_adjoint(
+    rule: Rule, system: System, problem: Problem, y: PyTree[Array], ct: PyTree[Array]
+) -> tuple[PyTree[Array], AdjointMonitor | None]:
+    """The solution for the cotangent `ct`, and the cotangent of the monitor."""
+    flipped, monitor = transpose_system(system, y), problem.monitor
+    check = ft.partial(
+        checked,
+        throw=problem.throw,
+        on_failure=rule.on_failure,
+        is_batch=problem.is_batch,
+    )
+    guess = None
+    if monitor is not None and monitor.solution is not None:
+        guess = lax.stop_gradient(flipped.to_vector(monitor.solution))
+
+    def numbers(outcome: Outcome) -> Array:
+        is_failed = jnp.logical_not(outcome.is_usable)
+        steps, relative = outcome.stats["num_steps"], outcome.relative
+        return figures(steps, is_failed, relative, problem.is_batch)
+
+    def solve(mv, vector):
+        outcome = system.transpose_solve(mv, vector, guess)
+        return check(outcome), numbers(outcome)
+
+    def transpose_solve(mv, vector):
+        outcome = system.solve(mv, vector, None)
+        return check(outcome), numbers(outcome)
+
+    u, found = lax.custom_linear_solve(
+        flipped.mv,
+        flipped.to_vector(ct),
+        solve,
+        transpose_solve=transpose_solve,
+        has_aux=True,
+    )
+    value = flipped.from_vector(u)
+    if monitor is None:
+        return value, None
+    cts = AdjointMonitor(*found, solution=None if guess is None else value)
+    return value, as_cotangents(cts, monitor)
