@@ -132,8 +132,6 @@ def train(
     with progress_bar(epochs * per_epoch, run.step) as bar:
         while run.step < epochs * per_epoch:
             epoch, num_done = divmod(run.step, per_epoch)
-            # Of the held-out images: the layer does not hand out its backward steps.
-            back_steps = run.history["backward_steps"][epoch]
             for i, batch in enumerate(batches(images, labels, size, seed, epoch)):
                 if i < num_done:
                     continue
@@ -143,7 +141,7 @@ def train(
                     f"loss {run.sums['loss'] / (i + 1):.3f}, "
                     f"accuracy {run.sums['accuracy'] / (i + 1):.1%}, "
                     f"steps {np.mean(aux['forward_steps']):.1f} forward "
-                    f"{back_steps:.1f} back",
+                    f"{np.mean(aux['backward_steps']):.1f} back",
                     refresh=False,
                 )
                 bar.update()

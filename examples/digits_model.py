@@ -35,9 +35,9 @@ class Classifier(eqx.Module):
         self.readout = eqx.nn.Linear(features, 10, key=readout_key)
 
     def __call__(
-        self, image: Float[Array, "64"]
+        self, image: Float[Array, "64"], monitor: eqlx.AdjointMonitor | None = None
     ) -> tuple[Float[Array, "10"], eqlx.Solution]:
-        sol = self.layer.solve(image)
+        sol = self.layer.solve(image, monitor=monitor)
         return self.readout(sol.value), sol
 
 
@@ -46,11 +46,12 @@ def cross_entropy(logits: Float[Array, "10"], label: Int[Array, ""]) -> Scalar:
 
 
 def _loss(
-    model_and_images: tuple[Classifier, Float[Array, "batch 64"]],
+    model_and_monitors: tuple[Classifier, eqlx.AdjointMonitor],
+    images: Float[Array, "batch 64"],
     labels: Int[Array, " batch"],
 ) -> tuple[Scalar, dict[str, Array]]:
-    model, images = model_and_images
-    logits, sol = jax.vmap(model)(images)
+    model, monitors = model_and_monitors
+    logits, sol = jax.vmap(model)(images, monitors)
     aux = {
         "is_correct": jnp.argmax(logits, axis=-1) == labels,
         "forward_steps": sol.stats["num_steps"],
@@ -67,12 +68,15 @@ def gradients(
 
     The gradient of the loss, and what happened on the way.
     """
+    # What the backward pass has to say of an image is the "gradient" of its monitor.
+    monitors = jax.vmap(lambda _: eqlx.AdjointMonitor())(images)
     value_and_grad = eqx.filter_value_and_grad(_loss, has_aux=True)
-    (loss, aux), (grads, ct_images) = value_and_grad((model, images), labels)
-    # A backward solve that fails makes the derivative of its own sample not-a-number,
-    # and so the derivative with respect to the images tells which ones failed.
-    is_backward_solved = jnp.all(jnp.isfinite(ct_images), axis=-1)
-    return grads, {**aux, "loss": loss, "is_backward_solved": is_backward_solved}
+    (loss, aux), (grads, seen) = value_and_grad((model, monitors), images, labels)
+    backward = {
+        "backward_steps": seen.num_steps,
+        "is_backward_solved": seen.num_failed == 0,
+    }
+    return grads, {**aux, **backward, "loss": loss}
 
 
 def make_optimiser(num_steps: int) -> optax.GradientTransformation:

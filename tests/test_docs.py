@@ -23,15 +23,20 @@ def test_the_code_of_a_page_runs(page):
     assert blocks
 
 
-def test_the_solvers_are_all_in_the_guide():
-    text = (_ROOT / "docs" / "solvers.md").read_text()
+@pytest.mark.parametrize(
+    ("page", "kinds"),
+    [
+        ("solvers.md", (eqlx.AbstractFixedPointSolver,)),
+        ("gradients.md", (eqlx.AbstractAdjoint, eqlx.AbstractMatrixFreeSolver)),
+    ],
+)
+def test_a_guide_has_all_that_there_is(page, kinds):
+    text = (_ROOT / "docs" / page).read_text()
     for name in dir(eqlx):
         value = getattr(eqlx, name)
-        is_solver = isinstance(value, type) and issubclass(
-            value, eqlx.AbstractFixedPointSolver
-        )
-        if is_solver and not name.startswith("Abstract"):
-            assert f"`{name}" in text, name
+        is_one = isinstance(value, type) and issubclass(value, kinds)
+        if is_one and not name.startswith("Abstract"):
+            assert re.search(rf"\b{name}\b", text), name
 
 
 @pages

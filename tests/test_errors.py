@@ -212,3 +212,90 @@ def test_numbers_of_numpy_and_python_are_welcome():
     assert _call(y0=1.0).value.shape == ()
     fn = lambda y, _: [0.5 * y[0], 0.5 * y[1]]
     assert _call(fn, y0=[1.0, np.float32(2)]).value[1].dtype == jnp.float32
+
+
+_bad_adjoints = {
+    "preconditioner": (
+        lambda: eqlx.ImplicitAdjoint(eqlx.KrylovLinearSolver(), 3),
+        TypeError,
+        "`preconditioner` must be callable",
+    ),
+    "preconditioned_lu": (
+        lambda: eqlx.ImplicitAdjoint(lx.LU(), lambda v, y, args: v),
+        ValueError,
+        "`preconditioner` needs a matrix-free",
+    ),
+    "fallback": (
+        lambda: eqlx.FallbackLinearSolver(lx.LU()),
+        TypeError,
+        "`first` must be an instance",
+    ),
+    "shared_lu": (
+        lambda: eqlx.SharedInverseAdjoint(lx.LU()),
+        TypeError,
+        "`linear_solver` must be matrix-free",
+    ),
+    "growth": (
+        lambda: eqlx.SharedInverseAdjoint(max_growth=-1.0),
+        ValueError,
+        "`max_growth`",
+    ),
+    "policy": (
+        lambda: eqlx.ImplicitAdjoint(on_failure="zero"),
+        TypeError,
+        "`on_failure` must be one of `equilax.OnFailure.nan`",
+    ),
+    "shared_anderson": (
+        lambda: _call(
+            solver=eqlx.Anderson(0.0, 1e-6), adjoint=eqlx.SharedInverseAdjoint()
+        ),
+        TypeError,
+        "`adjoint=SharedInverseAdjoint.*needs a `solver` with an estimate.*Anderson",
+    ),
+    "preconditioned_shape": (
+        lambda: _call(
+            adjoint=eqlx.ImplicitAdjoint(
+                eqlx.KrylovLinearSolver(), lambda v, y, args: v[:1]
+            )
+        ),
+        ValueError,
+        "`preconditioner` must return",
+    ),
+    "monitor": (
+        lambda: _call(monitor=eqlx.AdjointMonitor),
+        TypeError,
+        "`monitor` must be an instance.*class",
+    ),
+    "monitor_solution": (
+        lambda: _call(monitor=eqlx.AdjointMonitor(solution=jnp.zeros(2, jnp.float32))),
+        ValueError,
+        r"`monitor.solution` must have the shapes.*float32\[2\].*float32\[3\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", list(_bad_adjoints))
+def test_bad_adjoints_say_what_was_expected(name):
+    run, error, match = _bad_adjoints[name]
+    with pytest.raises(error, match=match):
+        run()
+
+
+def test_wrong_calls_of_the_adjoint_solve():
+    y = jnp.ones(3, jnp.float32)
+    call = lambda solver, cotangent, **kwargs: eqlx.solve_adjoint(
+        lambda y, _: 0.5 * y, solver, y, cotangent, **kwargs
+    )
+    with pytest.raises(ValueError, match=r"`cotangent` must have the shapes.*\[2\]"):
+        call(_solver, y[:2])
+    with pytest.raises(ValueError, match="`guess` must have the structure"):
+        call(_solver, y, guess=(y,))
+    with pytest.raises(TypeError, match="`adjoint` must be an instance"):
+        call(_solver, y, adjoint=eqlx.RecursiveCheckpointAdjoint())
+    adjoint = eqlx.SharedInverseAdjoint()
+    with pytest.raises(ValueError, match="`state` must be"):
+        call(eqlx.Broyden(0.0, 1e-6), y, adjoint=adjoint)
+    cell, adjoint = (lambda z, x: 0.5 * z + x), eqlx.RecursiveCheckpointAdjoint()
+    layer = eqlx.nn.FixedPointLayer(cell, _solver, adjoint=adjoint)
+    with pytest.raises(TypeError, match="no linear solve"):
+        layer.solve_adjoint(y, y, y)

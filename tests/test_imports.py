@@ -16,11 +16,11 @@ _ORDER = (
     ("_check", "_norm", "_solution"),
     ("_misc", "_failure", "_ravel"),
     ("_batching",),
-    ("_krylov", "_trace"),
-    ("_solver",),
+    ("_krylov", "_singular_value", "_trace"),
+    ("_bounds", "_solver"),
     ("_linear",),
     ("_adjoint",),
-    ("_fixed_point",),
+    ("_diagnostics", "_fixed_point", "_solve_adjoint"),
     ("nn",),
 )
 _LEVEL = {name: i for i, names in enumerate(_ORDER) for name in names}
