@@ -381,8 +381,7 @@ def _rooted_start(dtype=jnp.float32):
 def test_an_fn_that_leaves_its_domain_on_the_way_back(policy, batch):
     adjoint = eqlx.ReversibleAdjoint(on_failure=policy)
 
-    def loss(a, m):
-        y0 = _rooted_start()
+    def loss(a, m, y0):
         run = _solve(
             jax.vmap(_rooted, (0, None)) if batch else _rooted,
             y0[None] if batch else y0,
@@ -396,13 +395,15 @@ def test_an_fn_that_leaves_its_domain_on_the_way_back(policy, batch):
         return jnp.sum(run.value)
 
     a = jnp.array(0.9, jnp.float32)
-    got, seen = jax.grad(loss, (0, 1))(a, eqlx.AdjointMonitor())
+    grad = jax.grad(loss, (0, 1, 2))
+    got, seen, of_start = grad(a, eqlx.AdjointMonitor(), _rooted_start())
     y0 = _rooted_start(jnp.float64)
     unrolled = lambda a: jnp.sum(_unrolled(_rooted, y0, (a, jnp.array(1.0)), 60))
     assert np.isclose(got, jax.grad(unrolled)(0.9), rtol=1e-3)
     # It did come there, and ended in time.
     assert 10 < seen.num_steps < 60
     assert seen.num_failed == 0
+    assert np.all(of_start == 0)
 
 
 def test_what_is_no_number_of_one_sample_is_not_added_to_what_they_share():
@@ -431,7 +432,7 @@ def test_what_is_no_number_of_one_sample_is_not_added_to_what_they_share():
 
 @pytest.mark.parametrize(
     ("dtype", "bound"),
-    [(jnp.bfloat16, 0.1), (jnp.float32, 1e-3), (jnp.float64, 1e-7)],
+    [(jnp.bfloat16, 0.5), (jnp.float32, 1e-2), (jnp.float64, 1e-7)],
     ids=["bfloat16", "float32", "float64"],
 )
 @pytest.mark.parametrize("gain", [0.5, 0.9])
@@ -442,10 +443,13 @@ def test_the_estimate_is_the_error(getkey, dtype, bound, gain):
     c = jr.normal(getkey(), (size,))
     adjoint = eqlx.ReversibleAdjoint(max_error=jnp.inf)
 
+    # Far from the solution, whose size is the one that counts.
+    start = 20 * x
+
     def ours(w, monitor, beta, num):
         run = _solve(
             tanh_cell,
-            jnp.zeros(size, dtype),
+            start,
             (w, x),
             num,
             beta=beta,
@@ -458,7 +462,7 @@ def test_the_estimate_is_the_error(getkey, dtype, bound, gain):
     def compare(beta, num):
         got, seen = jax.grad(ours, (0, 1))(w, eqlx.AdjointMonitor(), beta, num)
         exact = lambda w: jnp.sum(
-            c * _unrolled(tanh_cell, jnp.zeros(size), (w, to_float64(x)), num, beta)
+            c * _unrolled(tanh_cell, to_float64(start), (w, to_float64(x)), num, beta)
         )
         expected = jax.grad(exact)(to_float64(w))
         difference = to_float64(got) - expected
@@ -475,7 +479,7 @@ def test_the_estimate_is_the_error(getkey, dtype, bound, gain):
         assert np.all(error < bound)
         # And no less than the rounding of the forward pass and of the sums.
         floor = float(jnp.finfo(dtype).eps)
-        assert np.all(error < 20 * estimate + floor)
+        assert np.all(error < 30 * estimate + floor)
         assert np.all(estimate < 5 * error + floor)
 
 
@@ -642,6 +646,15 @@ def test_a_state_that_was_handed_in_has_no_derivative():
     got = loss(lambda a, y0: _solve(fn, y0, a, 6, state=first.state).value)
     expected = loss(lambda a, y0: _unrolled(fn, y0, a, 6, before=before))
     assert np.allclose(got, expected, rtol=1e-10)
+
+    # One that takes no step has nowhere to drift, wherever the state came from.
+    def loss_of(a, y0, m):
+        run = _solve(fn, y0, a, 6, tol=9.0, state=first.state, monitor=m)
+        return run.value
+
+    got = jax.grad(loss_of, (0, 1, 2))(1.0, first.value, eqlx.AdjointMonitor())
+    assert got[:2] == (0, 1)
+    assert got[2].num_steps == got[2].residual == 0
 
 
 def test_gradients_flow_through_aux_and_layers(getkey):

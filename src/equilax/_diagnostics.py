@@ -111,7 +111,7 @@ def error_bound(
 
     - `ValueError` or `TypeError`: At trace time, for a wrong call.
 
-    Cost: ten evaluations and seven linearisations of `fn`, at most `8 num_steps`
+    Cost: five evaluations and ten linearisations of `fn`, at most `8 num_steps`
     products with $J$ and `5 num_steps` with $J^T$, and `3 num_steps` each with $B$ and
     $B^T$. Memory: `num_steps + 12` times `y`, six times `args`, and two linearisations.
     """

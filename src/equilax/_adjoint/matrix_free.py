@@ -9,7 +9,14 @@ from jax import lax
 from jaxtyping import Array, Float, PyTree
 
 from .._dtype import rounding
-from .._linear import AbstractMatrixFreeSolver, is_at_rounding, solve_preconditioned
+from .._linear import (
+    AbstractMatrixFreeSolver,
+    FallbackLinearSolver,
+    is_at_rounding,
+    Neumann,
+    Preconditioned,
+    solve_from,
+)
 from .._misc import per_sample
 from .._norm import divisor, max_norm
 from .._solution import RESULTS
@@ -62,18 +69,23 @@ def matrix_free(
             problem, y, state, is_transposed=is_transposed
         )
 
-    def precondition(vector: Array) -> Callable | None:
+    def solver_for(vector: Array) -> AbstractMatrixFreeSolver:
         if product_for is None:
-            return None
+            return solver
         product = product_for(ravelling.unravel(vector))
-        return lambda v: ravelling.ravel(product(ravelling.unravel(v)))
+        first = Preconditioned(
+            solver, lambda v: ravelling.ravel(product(ravelling.unravel(v)))
+        )
+        # An estimate that is no good may keep from being solved what can be. Of a
+        # truncation nobody expects a solution.
+        is_truncated = isinstance(solver, Neumann)
+        return first if is_truncated else FallbackLinearSolver(first, solver)
 
     def solve(mv, vector: Float[Array, "..."], guess) -> Outcome:
-        sol = solve_preconditioned(
-            solver,
+        sol = solve_from(
+            solver_for(vector),
             mv,
             vector,
-            preconditioner=precondition(vector),
             guess=guess,
             tolerance=tolerance,
             batching=problem.batching,

@@ -11,12 +11,13 @@ from jaxtyping import Array, Bool, PyTree
 from .._check import check_instance, check_nonnegative
 from .._custom_types import RealScalarLike
 from .._failure import Kind, raise_if_failed
-from .._misc import per_sample, tree_allfinite, tree_where, vary_over, varying
+from .._misc import per_sample, tree_allfinite, tree_where
 from .._solver import Reversible, Way
 from .base import AbstractAdjoint, Ended, Problem
 from .monitor import AdjointMonitor, figures
 from .on_failure import OnFailure
 from .separate import separate
+from .transposed import as_cotangents
 from .way_back import go_back, Start, wide
 
 
@@ -170,24 +171,13 @@ def _cotangents(
     ct_y0 = start.ct_start
     if problem.state is None:  # Else it was another solve that made the one before.
         ct_y0 = jtu.tree_map(jnp.add, ct_y0, start.ct_before)
-    ct_fn, ct_args = pull(_like(start.ct_params, params[0]))
+    ct_fn, ct_args = pull(as_cotangents(start.ct_params, params[0]))
     ct_monitor = jtu.tree_map(lambda _: None, problem.monitor)
     if problem.monitor is not None:
         numbers = lambda m: (m.num_solves, m.num_steps, m.num_failed, m.residual)
-        cts = _like(tuple(found), numbers(problem.monitor))
+        cts = as_cotangents(tuple(found), numbers(problem.monitor))
         ct_monitor = AdjointMonitor(*cts, solution=ct_monitor.solution)
-    return ct_fn, ct_args, _like(ct_y0, y0), ct_monitor
-
-
-def _like(cts: PyTree[Array], primals: PyTree[Array]) -> PyTree[Array]:
-    """Cotangents in the dtypes of the primals, summed over devices that share those."""
-
-    def convert(ct, primal):
-        shared = tuple(sorted(varying(ct) - varying(primal)))
-        ct = lax.psum(ct, shared) if shared else ct
-        return vary_over(ct.astype(primal.dtype), varying(primal))
-
-    return jtu.tree_map(convert, cts, primals)
+    return ct_fn, ct_args, as_cotangents(ct_y0, y0), ct_monitor
 
 
 def _settle(

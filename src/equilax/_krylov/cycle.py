@@ -68,9 +68,10 @@ def _coordinates(now: Cycle) -> Float[Array, " m"]:
 
 
 def moved(now: Cycle) -> Float[Array, " n"]:
-    size = now.triangle.shape[0]
     exact = lax.Precision.HIGHEST
-    return now.x + jnp.matmul(_coordinates(now), now.basis[:size], precision=exact)
+    # With a zero for the last vector: to cut that off would copy the others.
+    found = jnp.pad(_coordinates(now), (0, 1))
+    return now.x + jnp.matmul(found, now.basis, precision=exact)
 
 
 def orthogonalise(basis, column, product):

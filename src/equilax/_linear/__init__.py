@@ -1,7 +1,8 @@
 from .base import (
     AbstractMatrixFreeSolver as AbstractMatrixFreeSolver,
     is_at_rounding as is_at_rounding,
-    solve_preconditioned as solve_preconditioned,
+    Preconditioned as Preconditioned,
+    solve_from as solve_from,
 )
 from .fallback import FallbackLinearSolver as FallbackLinearSolver
 from .fixed_point import FixedPointLinearSolver as FixedPointLinearSolver

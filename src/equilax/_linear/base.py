@@ -96,11 +96,13 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
 
     def compute(self, state, vector: PyTree[Array], options: dict[str, Any]):
         operator, preconditioner = state
-        sol = solve_preconditioned(
-            self,
+        solver = self
+        if preconditioner is not None:
+            solver = Preconditioned(self, preconditioner.mv)
+        sol = solve_from(
+            solver,
             operator.mv,
             vector,
-            preconditioner=None if preconditioner is None else preconditioner.mv,
             guess=options.get("y0"),
             tolerance=100 * rounding(vector),
             batching=Staged(),
@@ -129,48 +131,58 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         return True
 
 
-def solve_preconditioned(
+class Preconditioned(AbstractMatrixFreeSolver):
+    """A solver of the system preconditioned from the right.
+
+    Residuals are those of the system itself.
+
+    **Attributes:**
+
+    - `solver`: Solves `mv(product(w)) = vector`.
+    - `product`: A linear function that approximates the inverse of `mv`.
+    """
+
+    solver: AbstractMatrixFreeSolver
+    product: Callable[[PyTree[Array]], PyTree[Array]]
+
+    @property
+    def norm(self):
+        return self.solver.norm
+
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+        sol = self.solver.solve(
+            lambda w: mv(self.product(w)),
+            vector,
+            tolerance=tolerance,
+            batching=batching,
+            is_batch=is_batch,
+        )
+        return dataclasses.replace(sol, value=self.product(sol.value))
+
+
+def solve_from(
     solver: AbstractMatrixFreeSolver,
     mv: Callable[[PyTree[Array]], PyTree[Array]],
     vector: PyTree[Array],
     *,
-    preconditioner: Callable[[PyTree[Array]], PyTree[Array]] | None,
     guess: PyTree[Array] | None,
     tolerance: Array | float,
     batching: AbstractBatching,
     is_batch: bool = False,
 ) -> Solution:
-    """Solve `mv(x) = vector` with what any matrix-free solver can be given besides.
+    """Solve `mv(x) = vector` from a first guess, unless zero is nearer.
 
-    **Arguments:**
-
-    - `preconditioner`: A linear function that approximates the inverse of `mv`. It is
-        applied from the right, so that residuals stay those of the system.
-    - `guess`: Where to begin, unless zero is nearer.
-    - The others: As for `solver.solve`.
-
-    Cost: besides the solver's, an application of the preconditioner a step and one
-    more, and a product with `mv` for the guess.
+    The other arguments are those of `solver.solve`. Cost: a product more.
     """
-    each = per_sample(is_batch)
     solve = ft.partial(solver.solve, batching=batching, is_batch=is_batch)
-    start, rhs = None, vector
-    if guess is not None:
-        residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
-        start, rhs, gain = each(ft.partial(_begin, solver.norm))(
-            vector, guess, residual
-        )
-        tolerance = jnp.asarray(tolerance, gain.dtype) * gain
-    if preconditioner is None:
-        sol = solve(mv, rhs, tolerance=tolerance)
-        value = sol.value
-    else:
-        sol = solve(lambda w: mv(preconditioner(w)), rhs, tolerance=tolerance)
-        value = preconditioner(sol.value)
-    stats = sol.stats
-    if start is not None:
-        value = jtu.tree_map(jnp.add, start, value)
-        stats = {**stats, "num_fn_evals": stats["num_fn_evals"] + 1}
+    if guess is None:
+        return solve(mv, vector, tolerance=tolerance)
+    residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
+    begin = per_sample(is_batch)(ft.partial(_begin, solver.norm))
+    start, rhs, gain = begin(vector, guess, residual)
+    sol = solve(mv, rhs, tolerance=jnp.asarray(tolerance, gain.dtype) * gain)
+    stats = {**sol.stats, "num_fn_evals": sol.stats["num_fn_evals"] + 1}
+    value = jtu.tree_map(jnp.add, start, sol.value)
     return dataclasses.replace(sol, value=value, stats=stats)
 
 

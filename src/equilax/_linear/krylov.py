@@ -17,7 +17,7 @@ from .base import AbstractMatrixFreeSolver
 # The recurrence that stops GMRES and the residual that judges it differ by rounding.
 _SLACK = 2.0
 # The memory of a large system is worth more than a step saved.
-_RESTART, _RESTART_LARGE, _LARGE = 50, 20, 100_000
+_RESTART, _RESTART_LARGE, _LARGE = 50, 20, 10_000
 
 
 class KrylovLinearSolver(AbstractMatrixFreeSolver):
@@ -109,6 +109,6 @@ KrylovLinearSolver.__init__.__doc__ = """**Arguments:**
     `None` is, for an adjoint, the relative tolerance that its forward solve had.
 - `atol`: Added to `rtol`: a linear solve knows no other scale than its right-hand side.
 - `restart`: The vectors that are kept, at least 1. `None` is 50, and 20 for systems of
-    more than 100,000 unknowns.
+    more than 10,000 unknowns.
 - `max_steps`: The most products with the matrix.
 """

@@ -1,0 +1,102 @@
+"""The backward pass of other libraries, and ours, at an equal error of the gradient.
+
+Each has the coarsest tolerances with which its gradient is good enough, and is timed
+side by side with ours.
+"""
+
+from collections.abc import Callable
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from .gradient_cell import Case, loss
+from .gradient_layers import all_peers, OURS, Peer
+from .timing import compare
+
+
+TARGET = 1e-5
+_TOLERANCES = tuple(10 ** (-k / 2) for k in range(6, 15))
+_COLUMNS = (
+    "tolerances",
+    "dW",
+    "dx",
+    "forward ms",
+    "both ms",
+    "backward ms",
+    "backward / forward",
+    "backward, times ours",
+)
+
+
+class Compiled:
+    """A peer's forward pass and gradient, functions of its tolerances."""
+
+    def __init__(self, peer: Peer, args):
+        def forward(tolerances, *args):
+            return loss(peer.solve(*tolerances))(*args)
+
+        gradient = jax.value_and_grad(forward, (1, 2))
+        static = (0,) if peer.is_static else ()
+        self.runs = {
+            "forward": jax.jit(forward, static_argnums=static),
+            "both": jax.jit(gradient, static_argnums=static),
+        }
+        self.args = args
+
+    def cases(self, tolerances, prefix="") -> dict[str, Callable]:
+        return {
+            prefix + name: lambda run=run: run(tolerances, *self.args)
+            for name, run in self.runs.items()
+        }
+
+    def errors(self, case: Case, tolerances) -> tuple[float, ...]:
+        try:
+            return case.errors(self.runs["both"](tolerances, *self.args)[1])
+        except eqx.EquinoxRuntimeError:  # A linear solve of Lineax's that failed.
+            return (np.inf, np.inf)
+
+
+def _coarsest(case: Case, peer: Peer, compiled: Compiled) -> tuple[float, float] | None:
+    """The coarsest tolerance with which the gradient is good, then that backwards."""
+    is_good = lambda *pair: max(compiled.errors(case, pair)) <= TARGET
+    # Those that are static cost a compilation each.
+    candidates = _TOLERANCES[::2] if peer.is_static else _TOLERANCES
+    both = next((t for t in candidates if is_good(t, t)), None)
+    if both is None or peer.is_static or peer.is_tied:
+        return None if both is None else (both, both)
+    return both, next(t for t in candidates if is_good(both, t))
+
+
+def _row(tolerances, errors, times: dict[str, float]) -> list[str]:
+    backward = times["both"] - times["forward"]
+    ours = times["our both"] - times["our forward"]
+    numbers = (times["forward"], times["both"], backward, backward / times["forward"])
+    return [
+        ", ".join(f"{t:.0e}" for t in dict.fromkeys(tolerances)),
+        *(f"{error:.0e}" for error in errors),
+        *(f"{number:.2f}" for number in numbers),
+        f"{backward / ours:.1f}",
+    ]
+
+
+def print_peers(case: Case, *, gain: float, repeats: int) -> None:
+    args = case.arrays(jnp.float32)
+    peers = all_peers()
+    print(f"\n| gain {gain}, float32 | " + " | ".join(_COLUMNS) + " |")
+    print("|---" * (1 + len(_COLUMNS)) + "|")
+    ours = Compiled(peers[OURS], args)
+    base = _coarsest(case, peers[OURS], ours)
+    assert base is not None
+    for name, peer in tqdm(peers.items(), leave=False):
+        compiled = Compiled(peer, args)
+        tolerances = _coarsest(case, peer, compiled)
+        if tolerances is None:
+            tqdm.write(f"| {name} | never within {TARGET:.0e} |" + " - |" * 7)
+            continue
+        runs = compiled.cases(tolerances) | ours.cases(base, "our ")
+        times = compare(runs, repeats=repeats, title=name)
+        row = _row(tolerances, compiled.errors(case, tolerances), times)
+        tqdm.write(f"| {name} | " + " | ".join(row) + " |")
