@@ -181,7 +181,7 @@ def test_an_accelerated_step_needs_a_residual_that_a_sum_can_bear():
     def at(y, residual, num):
         y, g = jnp.array([y]), jnp.array([residual])
         size, flags = jnp.abs(g[0]), (yes, yes, jnp.array(False), yes)
-        return Evaluation(y, y + g, size, size, y, size, zero + num, *flags)
+        return Evaluation(y, y + g, size, size, size, y, size, zero + num, *flags)
 
     fn = lambda y, _: y  # Not used.
 

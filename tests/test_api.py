@@ -62,7 +62,9 @@ _PUBLIC |= {f"nn.{name}": getattr(eqlx.nn, name) for name in sorted(_NN_NAMES)}
 _PUBLIC |= {name: getattr(equilax_kernels, name) for name in sorted(_KERNEL_NAMES)}
 _MODULES = {k: v for k, v in _PUBLIC.items() if inspect.isclass(v)}
 every = pytest.mark.parametrize("name", list(_PUBLIC))
-every_module = pytest.mark.parametrize("name", sorted(_MODULES.keys() - {"OnFailure", "RESULTS"}))
+every_module = pytest.mark.parametrize(
+    "name", sorted(_MODULES.keys() - {"OnFailure", "RESULTS"})
+)
 
 
 def _public(module):

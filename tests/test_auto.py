@@ -151,6 +151,7 @@ def _watch(residuals, bests, start=None):
             f=y,
             residual=jnp.array(residual),
             scaled=jnp.array(residual),
+            size=jnp.array(1.0),
             best=y,
             best_residual=jnp.array(best),
             num_steps=jnp.array(0, jnp.int32),

@@ -370,3 +370,145 @@ def test_a_layer_hands_out_its_backward_pass(getkey):
     assert relative_error(sol.value, expected) < 1e-8
     assert int(sol.stats["num_steps"]) == int(seen.num_steps)
     assert jnp.any(jax.tree.leaves(grads)[0] != 0)
+
+
+def test_a_complex_solution_is_a_start_too():
+    a = jnp.array([0.1 + 0.2j, 0.3 - 0.1j, 0.2j])
+    fn = lambda y, a: (0.48 + 0.3j) * jnp.tanh(y[::-1]) + a
+    solver = eqlx.Anderson(1e-8, 1e-8)
+
+    def loss(a, monitor):
+        sol = eqlx.fixed_point(fn, solver, 0 * a, a, monitor=monitor)
+        return jnp.sum(jnp.real(sol.value))
+
+    _, cold = jax.grad(loss, (0, 1))(a, eqlx.AdjointMonitor(solution=0 * a))
+    _, warm = jax.grad(loss, (0, 1))(a, cold)
+    assert cold.num_steps > 5
+    assert warm.num_steps <= 1
+    # Of a batch of `fn` itself, along another axis than the first.
+    batch = lambda x: jnp.stack([x, 2 * x], axis=1)
+
+    def of_batch(monitor):
+        sol = eqlx.fixed_point(
+            fn, solver, batch(0 * a), batch(a), batch_axis=1, monitor=monitor
+        )
+        return jnp.sum(jnp.real(sol.value))
+
+    cold = jax.grad(of_batch)(eqlx.AdjointMonitor(solution=batch(0 * a)))
+    assert jax.grad(of_batch)(cold).num_steps <= 2 < cold.num_steps
+
+
+def test_a_start_that_the_devices_share():
+    mesh = jax.make_mesh((2,), ("d",), axis_types=(AxisType.Auto,))
+    w, xs = 0.3 * jnp.eye(3), jnp.ones((2, 3))
+    fn = lambda y, args: jnp.tanh(args[0] @ y + args[1])
+    solver = eqlx.Anderson(1e-9, 1e-9)
+
+    def local(w, monitor, xs):
+        start, args = jnp.zeros(3), (w, xs[0])
+        sol = eqlx.fixed_point(fn, solver, start, args, throw=False, monitor=monitor)
+        return jax.lax.psum(jnp.sum(sol.value), "d")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P(), P("d")), out_specs=P())
+    z = newton(fn, jnp.zeros(3), (w, xs[0]))
+    u = 1 / (1 - 0.3 * (1 - z**2))
+    g_w, _ = jax.jit(jax.grad(run, (0, 1)))(w, eqlx.AdjointMonitor(solution=u), xs)
+    assert relative_error(g_w, 2 * jnp.outer((1 - z**2) * u, z)) < 1e-8
+
+    def guessed(xs, guess):
+        y, args = z + 0 * xs[0], (w, xs[0])
+        sol = eqlx.solve_adjoint(
+            fn, solver, y, jnp.ones(3), args, guess=guess, throw=False
+        )
+        return sol.value[None]
+
+    run = jax.shard_map(guessed, mesh=mesh, in_specs=(P("d"), P()), out_specs=P("d"))
+    assert relative_error(jax.jit(run)(xs, u), jnp.stack([u, u])) < 1e-8
+
+
+def test_a_solution_next_to_zero_has_a_derivative_as_good_as_any(getkey):
+    a = jr.normal(getkey(), (20, 20))
+    a = 0.9 * a / jnp.linalg.norm(a, 2)
+    fn, solver = lambda y, b: a @ jnp.tanh(y) + b, eqlx.Anderson(1e-10, 1e-10)
+    solve = lambda b: eqlx.fixed_point(fn, solver, jnp.ones(20), b).value
+    grad = jax.jit(jax.grad(lambda b: jnp.sum(solve(b))))
+    expected = np.linalg.solve(np.eye(20) - np.asarray(a).T, np.ones(20))
+    for size in (0.0, 1e-9):
+        assert relative_error(grad(jnp.full(20, size)), expected) < 1e-7
+
+
+def test_the_coarsest_leaf_says_what_rounding_is(getkey):
+    q = jnp.linalg.qr(jr.normal(getkey(), (20, 20)))[0]
+    w = ((q * jnp.linspace(0.1, 0.999, 20)[None]) @ q.T).astype(jnp.float32)
+    y = (jnp.ones(20, jnp.float32), jnp.zeros(2, jnp.float64))
+    fn = lambda y, a: (w @ y[0] + a, 0.3 * y[1])
+    sol = eqlx.solve_adjoint(
+        fn, eqlx.Anderson(1e-6, 1e-6), y, y, jnp.zeros(20, jnp.float32), throw=False
+    )
+    exact = np.linalg.solve(np.eye(20) - np.asarray(w, np.float64).T, np.ones(20))
+    assert sol.stats["is_usable"]
+    assert relative_error(sol.value[0], exact) < 1e-3
+
+
+@pytest.mark.parametrize("num_terms", [0, 2])
+def test_a_truncation_takes_no_product_for_nothing(getkey, num_terms):
+    w, x = tanh_problem(getkey(), 16, 0.5)
+
+    def loss(x):
+        sol = eqlx.fixed_point(
+            lambda y, x: jnp.tanh(w @ y + x),
+            eqlx.FixedPointIteration(0.0, 1e-6),
+            jnp.zeros(16),
+            x,
+            adjoint=eqlx.ImplicitAdjoint(eqlx.Neumann(num_terms)),
+            throw=False,
+        )
+        return jnp.sum(sol.value)
+
+    # One product in the forward loop, one in the linearisation, one in the series.
+    text = optimised_hlo(jax.grad(loss), x)
+    assert 0 < text.count(" dot(") <= 2 + (num_terms > 0)
+
+
+def test_systems_that_depend_on_each_other_are_solved_together_or_refused(getkey):
+    a, w = 0.3 * jr.normal(getkey(), (4, 2)), jnp.array([[1.0], [2.0], [30.0], [0.0]])
+
+    def one(a, adjoint):
+        fn = lambda y, a: 0.5 * jnp.tanh(y) + 0.3 * jax.lax.pmean(y, "b") + a
+        return eqlx.fixed_point(
+            fn,
+            eqlx.Anderson(1e-10, 1e-10),
+            jnp.zeros(2),
+            a,
+            adjoint=adjoint,
+            batching=eqlx.Vmapped(),
+            throw=False,
+        ).value
+
+    def loss(a, adjoint):
+        return jnp.sum(w * jax.vmap(lambda a: one(a, adjoint), axis_name="b")(a))
+
+    def whole(y, a):
+        return 0.5 * jnp.tanh(y) + 0.3 * jnp.mean(y, 0, keepdims=True) + a
+
+    flat = lambda y, a: whole(y.reshape(4, 2), a).reshape(8)
+    jacobian = jax.jacfwd(flat)(newton(flat, jnp.zeros(8), a), a)
+    ct = np.broadcast_to(w, (4, 2)).reshape(8)
+    expected = np.linalg.solve(np.eye(8) - np.asarray(jacobian).T, ct).reshape(4, 2)
+    for adjoint in (eqlx.ImplicitAdjoint(), eqlx.ImplicitAdjoint(_PICARD)):
+        grad = jax.jit(jax.grad(lambda a, adjoint=adjoint: loss(a, adjoint)))
+        assert relative_error(grad(a), expected) < 1e-8
+    for linear_solver in (eqlx.KrylovLinearSolver(), lx.LU()):
+        with pytest.raises(ValueError, match="for each sample by itself"):
+            jax.grad(loss)(a, eqlx.ImplicitAdjoint(linear_solver))
+
+    # `batch_axis` takes samples to be independent. Where they are not it shows.
+    def of_batch(a, throw):
+        sol = eqlx.fixed_point(
+            whole, eqlx.Anderson(1e-10, 1e-10), 0 * a, a, batch_axis=0, throw=throw
+        )
+        return jnp.sum(w * sol.value)
+
+    assert jnp.any(jnp.isnan(jax.grad(of_batch)(a, False)))
+    with pytest.raises(Exception, match="depend on"):
+        jax.block_until_ready(jax.grad(of_batch)(a, True))

@@ -335,7 +335,9 @@ def test_a_batch_of_starts_alone(batching):
 def test_derivatives_in_any_nesting_with_vmap(strategy):
     batching = _strategies[strategy]
     rates = _rates(6)
-    solve = lambda r: _solve_affine(r, batching=batching).value
+    # The lean linear solver: a program of these is large enough.
+    adjoint = eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver())
+    solve = lambda r: _solve_affine(r, batching=batching, adjoint=adjoint).value
     first, second = 1 / (1 - rates) ** 2, 2 / (1 - rates) ** 3
     total = lambda r: jnp.sum(jax.vmap(solve)(r))
     got = {

@@ -266,6 +266,19 @@ _bad_adjoints = {
         TypeError,
         "`monitor` must be an instance.*class",
     ),
+    "monitor_shape": (
+        lambda: _call(monitor=eqlx.AdjointMonitor(num_steps=jnp.zeros(3))),
+        ValueError,
+        r"`monitor.num_steps` must be one number.*\(3,\)",
+    ),
+    "monitor_checkpoint": (
+        lambda: _call(
+            monitor=eqlx.AdjointMonitor(), adjoint=eqlx.RecursiveCheckpointAdjoint()
+        ),
+        ValueError,
+        "RecursiveCheckpointAdjoint.*has no linear solve.*`monitor`",
+    ),
+    "tags": (lambda: _call(tags=1), TypeError, "`tags` must be an instance"),
     "monitor_solution": (
         lambda: _call(monitor=eqlx.AdjointMonitor(solution=jnp.zeros(2, jnp.float32))),
         ValueError,

@@ -175,9 +175,9 @@ def _names(adjoint, solver):
     )
 
 
-def _check(adjoint, solver, surrounding, precision):
+def _check(adjoint, solver, surrounding, precision, only=_FIRST + _SECOND):
     dtype, tol, bound = _PRECISIONS[precision]
-    names = _names(adjoint, solver)
+    names = tuple(name for name in _names(adjoint, solver) if name in only)
     is_refused = surrounding == "shard_map" and adjoint in _NOT_IN_SHARD_MAP
     if not names or is_refused:
         pytest.skip("Refused, with an error that says so.")
@@ -205,26 +205,35 @@ _ADJOINTS = [*_exact(1e-3), *_truncated()]
 _SOLVERS = list(every_solver(0.0, 1e-3))
 
 
-def _part():
-    for adjoint in _ADJOINTS:
-        if adjoint in ("default", "shared_inverse"):
-            surroundings = _SURROUNDINGS
-        elif adjoint in _NOT_IN_SHARD_MAP:
-            surroundings = ("vmap",)
-        else:
-            surroundings = ("jit", "shard_map")
-        for surrounding in surroundings:
-            yield adjoint, "broyden", surrounding, "float64"
-    for solver in _SOLVERS:
-        yield "fixed_point", solver, "jit", "float64"
-    yield "default", "anderson", "vmap", "float32"
+_PART = {
+    "default": _SURROUNDINGS,
+    "krylov": ("shard_map",),
+    "preconditioned": ("vmap",),
+    "lu": ("vmap",),
+    "qr": ("jit",),
+    "gmres": ("jit",),
+    "shared_inverse": ("jit",),
+    "checkpoint": ("vmap",),
+    "one_step": ("shard_map",),
+    "neumann": ("vmap",),
+    "phantom": ("plain",),
+}
 
 
 @pytest.mark.parametrize(
-    ("adjoint", "solver", "surrounding", "precision"), list(_part())
+    ("adjoint", "surrounding"), [(a, s) for a, of_a in _PART.items() for s in of_a]
 )
-def test_derivatives(adjoint, solver, surrounding, precision):
-    _check(adjoint, solver, surrounding, precision)
+def test_derivatives(adjoint, surrounding):
+    _check(adjoint, "broyden", surrounding, "float64")
+
+
+@pytest.mark.parametrize("solver", _SOLVERS)
+def test_the_solver_does_not_matter(solver):
+    _check("fixed_point", solver, "jit", "float64", only=("grad", "jvp"))
+
+
+def test_derivatives_in_single_precision():
+    _check("default", "anderson", "vmap", "float32")
 
 
 @pytest.mark.matrix

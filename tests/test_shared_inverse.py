@@ -111,13 +111,11 @@ def test_an_estimate_that_explodes_is_replaced_by_one_step(getkey, name):
         assert relative_error(got[k], slope * u) < 1e-9
 
 
-@solvers
 @pytest.mark.parametrize(
-    "linear_solver",
+    ("name", "linear_solver"),
     [
-        eqlx.KrylovLinearSolver(1e-12),
-        eqlx.FixedPointLinearSolver(eqlx.Anderson(0.0, 1e-12)),
-        eqlx.FallbackLinearSolver(),
+        ("broyden", eqlx.KrylovLinearSolver(1e-12)),
+        ("bad_broyden", eqlx.FixedPointLinearSolver(eqlx.Anderson(0.0, 1e-12))),
     ],
 )
 def test_as_a_preconditioner_it_is_exact(getkey, name, linear_solver):
@@ -139,7 +137,8 @@ def test_as_a_preconditioner_it_saves_products(getkey):
     # Few directions contract slowly, and these the forward solve has learnt.
     rates = jnp.concatenate([jnp.array([0.99, 0.97, 0.95, -0.9]), jnp.zeros(28)])
     q = jnp.linalg.qr(jr.normal(getkey(), (32, 32)))[0]
-    a, b, ct = (q * rates[None]) @ q.T, jr.normal(getkey(), (32,)), jr.normal(getkey(), (32,))
+    a = (q * rates[None]) @ q.T
+    b, ct = jr.normal(getkey(), (32,)), jr.normal(getkey(), (32,))
 
     def steps(adjoint, solver):
         def loss(b, monitor):

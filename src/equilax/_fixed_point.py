@@ -2,6 +2,7 @@ import dataclasses
 from typing import Any
 
 import equinox as eqx
+import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from ._adjoint import (
@@ -35,7 +36,9 @@ _KINDS = tuple(
 )
 
 
-def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor):
+def _check_call(
+    fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor, tags
+):
     check_callable("fn", fn, "fn(y, args)")
     check_instance("solver", solver, AbstractFixedPointSolver)
     check_instance("adjoint", adjoint, AbstractAdjoint)
@@ -43,13 +46,23 @@ def _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monito
     check_instance("throw", throw, bool)
     check_instance("has_aux", has_aux, bool)
     check_integer("max_steps", max_steps, 1)
+    check_instance("tags", tags, frozenset)
     if monitor is not None:
         check_instance("monitor", monitor, AdjointMonitor)
 
 
 def _check_monitor(monitor, y0, batch_axis):
     """The monitor, its solution with the batch along the first axis."""
-    if monitor is None or monitor.solution is None:
+    if monitor is None:
+        return None
+    for field in ("num_solves", "num_steps", "num_failed", "residual"):
+        shape = jnp.shape(getattr(monitor, field))
+        if shape != ():
+            raise ValueError(
+                f"`monitor.{field}` must be one number; got the shape {shape}. Inside "
+                "`jax.vmap` there is one for each sample."
+            )
+    if monitor.solution is None:
         return monitor
     solution = check_like("monitor.solution", monitor.solution, y0)
     return dataclasses.replace(monitor, solution=move(solution, batch_axis, 0))
@@ -97,6 +110,7 @@ def _solve(problem: Problem, run) -> Ended:
         max_steps=problem.max_steps,
         is_batch=problem.is_batch,
         state=problem.state,
+        axis_names=problem.batching.axis_names,
         run=run,
     )
     # Here, so that derivatives are those at the value that is returned.
@@ -115,7 +129,7 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
     check_batch(y0, batch_axis)
     monitor = _check_monitor(settings.monitor, y0, batch_axis)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
-    check_axis_names(hoisted, settings.batching)
+    batching, has_collectives = check_axis_names(hoisted, settings.batching)
     solver, state, max_steps = settings.solver, settings.state, settings.max_steps
     if state is not None:
         check_solver_state(solver, state0, state, max_steps, per_sample(is_batch))
@@ -126,10 +140,11 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
         args,
         state,
         monitor,
-        settings.batching,
+        batching,
         settings.tags,
         max_steps,
         settings.throw,
+        has_collectives,
         is_batch,
     )
     end, stats = settings.adjoint.apply(_solve, problem)
@@ -194,8 +209,8 @@ def fixed_point(
     - `batch_axis`: The axis of the leaves of `y0` along which they are a batch, for an
         `fn` that takes the whole of it in one call. Each sample then has its own
         residual, history, status and step count as under `jax.vmap`, but `fn` is
-        evaluated on all of them until the last has stopped. `None` is a lone problem.
-        Keyword only argument.
+        evaluated on all of them until the last has stopped. They must not depend on
+        each other. `None` is a lone problem. Keyword only argument.
     - `state`: The `Solution.state` of an earlier solve by the same solver, to go on
         with what that one learnt of `fn`: from its `value` as `y0`, or for a problem
         next to it. Its derivative is zero, like that of `y0`. Keyword only argument.
@@ -214,7 +229,7 @@ def fixed_point(
     Cost: an evaluation of `fn` more than the solver takes steps, and another one for
     `aux`. Memory: that of the solver, and three times `y`.
     """
-    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor)
+    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor, tags)
     settings = _Settings(
         solver,
         state,

@@ -1,6 +1,7 @@
 from typing import Any
 
 import equinox as eqx
+import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._adjoint import (
@@ -15,10 +16,18 @@ from ._adjoint import (
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
-from ._misc import per_sample
+from ._misc import any_varying, per_sample, vary_over
 from ._solution import Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state
-from ._trace import as_state, check_batch, check_like, move, trace, ValueOf
+from ._trace import (
+    as_state,
+    check_axis_names,
+    check_batch,
+    check_like,
+    move,
+    trace,
+    ValueOf,
+)
 
 
 @eqx.filter_jit
@@ -43,6 +52,7 @@ def _solve_adjoint(
     cotangent = check_like("cotangent", cotangent, y)
     guess = None if guess is None else check_like("guess", guess, y)
     hoisted, y = trace(fn, y, args, has_aux, batch_axis)
+    batching, has_collectives = check_axis_names(hoisted, batching)
     if state is None:
         state = per_sample(is_batch)(lambda y: solver.init(y, max_steps=1))(y)
     else:
@@ -58,13 +68,20 @@ def _solve_adjoint(
         tags,
         1,
         throw,
+        has_collectives,
         is_batch,
     )
     rule = adjoint.rule(problem)
     system = linear_system(rule, problem, y, state)
     flipped = transpose_system(system, y)
-    start = None if guess is None else flipped.to_vector(move(guess, batch_axis, 0))
-    vector = flipped.to_vector(move(cotangent, batch_axis, 0))
+    axes = any_varying(y)
+
+    def as_vector(tree):
+        tree = move(tree, batch_axis, 0)
+        return flipped.to_vector(jtu.tree_map(lambda x: vary_over(x, axes), tree))
+
+    start = None if guess is None else as_vector(guess)
+    vector = as_vector(cotangent)
     outcome = system.transpose_solve(flipped.mv, vector, start)
     value = outcome.value
     if throw:
@@ -135,6 +152,7 @@ def solve_adjoint(
     check_instance("batching", batching, AbstractBatching)
     check_instance("throw", throw, bool)
     check_instance("has_aux", has_aux, bool)
+    check_instance("tags", tags, frozenset)
     if state is None and isinstance(adjoint, SharedInverseAdjoint):
         raise ValueError(
             "`state` must be the `Solution.state` of the forward pass for a "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._batching import AbstractBatching
+from ._batching import AbstractBatching, Vmapped
 from ._custom_types import Y
 from ._misc import hoist, Hoisted, vary_over, varying
 
@@ -142,14 +142,25 @@ def trace(
         y0 = jtu.tree_unflatten(treedef, new)
 
 
-def check_axis_names(hoisted: Hoisted, batching: AbstractBatching):
-    """Refuse collectives over a vmapped axis, which a batch of our own has not."""
+def check_axis_names(
+    hoisted: Hoisted, batching: AbstractBatching
+) -> tuple[AbstractBatching, bool]:
+    """Refuse collectives over a vmapped axis, which a batch of our own has not.
+
+    **Returns:**
+
+    `batching`, which knows of the vmapped axes over which there are collectives, and
+    whether there are any at all, those over the axes of a mesh included.
+    """
     # These are effects of a trace, each with the `name` of its axis.
-    names = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects}
-    names -= {None, *jax.sharding.get_abstract_mesh().manual_axes}
+    found = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects} - {None}
+    names = found - set(jax.sharding.get_abstract_mesh().manual_axes)
     if names and not batching.serves_axis_names:
         raise ValueError(
             f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
             f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
             "`batching=equilax.Vmapped()`."
         )
+    if names:
+        batching = Vmapped(frozenset(map(str, names)))
+    return batching, bool(found)

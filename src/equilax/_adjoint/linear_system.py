@@ -20,7 +20,7 @@ from .base import Problem
 from .matrix_free import matrix_free
 from .monitor import AdjointMonitor, as_vector, figures
 from .outcome import checked, Outcome
-from .ravelling import Ravelling, ravelling_of
+from .ravelling import Ravelling, ravelling_of, transposed
 from .rule import Rule
 from .through_lineax import check_lineax, real_tags, through_lineax
 
@@ -122,12 +122,15 @@ def _watched(
     solution = cast(AdjointMonitor, problem.monitor).solution
     guess, t_guess = None, None
     if solution is not None:
-        guess = lax.stop_gradient(ravel(solution))
-        zero = lambda t, s: jnp.zeros_like(s) if t is None else t
+        vary = lambda x: vary_over(x, axes)
+        solution = jtu.tree_map(vary, solution)
+        # What was a cotangent is not ravelled as a tangent is.
+        guess = lax.stop_gradient(transposed(unravel, vector)(solution))
+        zero = lambda t, s: jnp.zeros_like(s) if t is None else vary(t)
         is_none = lambda t: t is None
         t_guess = jtu.tree_map(zero, t_monitor.solution, solution, is_leaf=is_none)
         t_guess = ravel(t_guess)
-    parts = (vector, as_vector(t_monitor), t_guess)
+    parts = (vector, vary_over(as_vector(t_monitor), axes), t_guess)
     # One vector, as JAX transposes no system of which a part has no tangent. It must
     # hold counts, which half precision does not.
     pack, unpack = _packing(parts, at_least_single(vector.dtype))

@@ -4,6 +4,7 @@ import functools as ft
 from collections.abc import Callable
 from typing import cast
 
+import equinox as eqx
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, PyTree
@@ -13,6 +14,7 @@ from .._linear import (
     AbstractMatrixFreeSolver,
     FallbackLinearSolver,
     is_at_rounding,
+    KrylovLinearSolver,
     Neumann,
     Preconditioned,
     solve_from,
@@ -32,9 +34,44 @@ def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
     size = max_norm(y)
     absolute = jnp.asarray(solver.atol, size.dtype)
     relative = jnp.asarray(solver.rtol, size.dtype)
-    relative = relative + absolute / jnp.where(size == 0, 1, size)
+    # A solution near zero has few digits; a derivative there need not have as few.
+    relative = relative + absolute / jnp.maximum(size, 1)
     smallest = 4 * rounding(y)
     return lax.stop_gradient(jnp.maximum(jnp.minimum(relative, 1e-3), smallest))
+
+
+def _of_coupled(linear_solver, problem: Problem) -> AbstractMatrixFreeSolver:
+    """The linear solver, or an error where it cannot solve for all samples at once."""
+    if problem.batching.axis_names and isinstance(linear_solver, FallbackLinearSolver):
+        linear_solver = linear_solver.first
+    if problem.batching.axis_names and isinstance(linear_solver, KrylovLinearSolver):
+        raise ValueError(
+            "`linear_solver=KrylovLinearSolver` solves for each sample by itself, "
+            "which an `fn` with a collective over a vmapped axis does not allow: take "
+            "`equilax.FixedPointLinearSolver` for the adjoint instead."
+        )
+    return cast(AbstractMatrixFreeSolver, linear_solver)
+
+
+class _Verdict(eqx.Module):
+    """Whether to trust a solution of one sample."""
+
+    solver: AbstractMatrixFreeSolver
+    eps: float
+
+    def judge(self, value, result, residual, vector):
+        """Whether it is usable, and its residual relative to the right-hand side."""
+        is_usable = result == RESULTS.successful
+        if not isinstance(self.solver, Neumann):  # Whose residual costs a product.
+            is_good = is_at_rounding(value, residual, vector, self.eps)
+            is_usable = is_usable | (is_good & (result == RESULTS.stagnation))
+        size = divisor(self.solver.norm(vector)).astype(residual.dtype)
+        return is_usable, residual / size
+
+    def is_true(self, value, residual, left, vector):
+        """Whether what is `left` of the right-hand side is the residual it claims."""
+        size = jnp.maximum(self.solver.norm(value), self.solver.norm(vector))
+        return left <= 2 * residual + 64 * self.eps * size.astype(residual.dtype)
 
 
 def matrix_free(
@@ -53,15 +90,11 @@ def matrix_free(
     - `ravelling`: From a tree like `y` to the vector of the system and back.
     """
     each = per_sample(problem.is_batch)
-    solver = cast(AbstractMatrixFreeSolver, rule.linear_solver)
+    solver = _of_coupled(rule.linear_solver, problem)
+    is_truncated = isinstance(solver, Neumann)
     tolerance = each(ft.partial(_tolerance, problem.solver))(y)
 
-    def judge(value, result, residual, vector):
-        is_usable = is_at_rounding(value, residual, vector)
-        is_usable = is_usable & (result == RESULTS.stagnation)
-        is_usable = is_usable | (result == RESULTS.successful)
-        relative = residual / divisor(solver.norm(vector)).astype(residual.dtype)
-        return is_usable, relative
+    verdict = _Verdict(solver, rounding(y))
 
     product_for = None
     if rule.preconditioner is not None:
@@ -78,10 +111,15 @@ def matrix_free(
         )
         # An estimate that is no good may keep from being solved what can be. Of a
         # truncation nobody expects a solution.
-        is_truncated = isinstance(solver, Neumann)
-        return first if is_truncated else FallbackLinearSolver(first, solver)
+        is_alone = is_truncated or problem.batching.axis_names
+        return first if is_alone else FallbackLinearSolver(first, solver)
 
     def solve(mv, vector: Float[Array, "..."], guess) -> Outcome:
+        unit = None
+        if problem.batching.axis_names:
+            unit = lax.pmax(
+                each(solver.norm)(vector), tuple(problem.batching.axis_names)
+            )
         sol = solve_from(
             solver_for(vector),
             mv,
@@ -90,10 +128,17 @@ def matrix_free(
             tolerance=tolerance,
             batching=problem.batching,
             is_batch=problem.is_batch,
+            unit=unit,
         )
-        is_usable, relative = each(judge)(
-            sol.value, sol.result, sol.stats["residual"], vector
-        )
-        return Outcome(sol.value, sol.result, is_usable, relative, sol.stats)
+        residual, result = sol.stats["residual"], sol.result
+        is_usable, relative = each(verdict.judge)(sol.value, result, residual, vector)
+        if not is_truncated and (problem.is_batch or problem.has_collectives):
+            # Of systems that depend on each other each has been solved as if it did
+            # not. Where it does, what is left of all of them tells.
+            left = each(solver.norm)(vector - mv(sol.value))
+            is_usable = is_usable & each(verdict.is_true)(
+                sol.value, residual, left, vector
+            )
+        return Outcome(sol.value, result, is_usable, relative, sol.stats)
 
     return solve

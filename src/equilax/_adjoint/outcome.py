@@ -35,7 +35,11 @@ _KINDS = (
         "nonfinite",
         "The Jacobian of `fn` at the solution, or the cotangent, is not finite.",
     ),
-    Kind("breakdown", "Its `linear_solver` broke down."),
+    Kind(
+        "breakdown",
+        "Its `linear_solver` broke down, or the samples of a `batch_axis` depend on "
+        "each other: solve such as one problem, without a `batch_axis`.",
+    ),
 )
 
 

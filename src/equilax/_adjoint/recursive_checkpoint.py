@@ -27,6 +27,11 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
             check_integer("checkpoints", self.checkpoints, 1)
 
     def apply(self, solve, problem):
+        if problem.monitor is not None:
+            raise ValueError(
+                "`adjoint=RecursiveCheckpointAdjoint()` has no linear solve of which a "
+                "`monitor` could tell; take `equilax.ImplicitAdjoint`, or no `monitor`."
+            )
         if any_varying(problem):
             raise ValueError(
                 "`adjoint=RecursiveCheckpointAdjoint()` does not work inside "

@@ -61,6 +61,11 @@ def check_lineax(rule: Rule, rhs: PyTree[Array], problem: Problem):
             f"`linear_solver={name}` would solve one system for the whole batch of an "
             f"`fn` with a `batch_axis`: {instead}"
         )
+    if problem.batching.axis_names:
+        raise ValueError(
+            f"`linear_solver={name}` solves for each sample by itself, which an `fn` "
+            f"with a collective over a vmapped axis does not allow: {instead}"
+        )
     half = [x.dtype for x in jtu.tree_leaves(rhs) if jnp.finfo(x.dtype).bits < 32]
     if half:
         raise ValueError(f"`linear_solver={name}` has no {half[0]} version: {instead}")

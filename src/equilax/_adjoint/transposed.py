@@ -4,23 +4,18 @@ import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._misc import vary_over, varying
+from .._misc import any_varying, vary_over, varying
 from .base import Problem
 from .linear_system import System
 from .monitor import AdjointMonitor, figures
 from .outcome import checked, Outcome
+from .ravelling import transposed
 from .rule import Rule
-
-
-def transposed(linear: Callable, like: PyTree[Array]) -> Callable:
-    transpose = jax.linear_transpose(linear, like)
-    return lambda x: transpose(x)[0]
 
 
 def as_cotangents(cts: PyTree[Array], primals: PyTree[Array]) -> PyTree[Array]:
@@ -72,7 +67,9 @@ def settle_adjoint(
     )
     guess = None
     if monitor is not None and monitor.solution is not None:
-        guess = lax.stop_gradient(flipped.to_vector(monitor.solution))
+        axes = any_varying(y)
+        solution = jtu.tree_map(lambda x: vary_over(x, axes), monitor.solution)
+        guess = lax.stop_gradient(flipped.to_vector(solution))
 
     def numbers(outcome: Outcome) -> Array:
         is_failed = jnp.logical_not(outcome.is_usable)

@@ -17,6 +17,14 @@ class AbstractBatching(eqx.Module):
 
     serves_axis_names: AbstractClassVar[bool]
 
+    @property
+    @abc.abstractmethod
+    def axis_names(self) -> frozenset[str]:
+        """The vmapped axes over which `fn` has collectives.
+
+        Samples along these depend on each other, and so end together.
+        """
+
     @abc.abstractmethod
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         """Run `loop` on `inputs`, such that `jax.vmap` of this call runs the batch.

@@ -14,5 +14,9 @@ class Lockstep(AbstractBatching):
 
     serves_axis_names: ClassVar[bool] = False
 
+    @property
+    def axis_names(self) -> frozenset[str]:
+        return frozenset()
+
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         return solve_batch(loop, inputs, lambda size: (size,))

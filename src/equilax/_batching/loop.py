@@ -2,14 +2,13 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import BoolScalar, IntScalar
-from .._misc import any_varying, vary_over, varying
+from .._misc import any_varying, hoist, Hoisted, vary_over, varying
 
 
 Carry = PyTree[ArrayLike]
@@ -44,8 +43,8 @@ class Loop(eqx.Module):
         return while_loop(cond, body, init, may_vary=any_varying(inputs))[1]
 
 
-def _axes_of(fn: Callable, carry: Carry) -> list[frozenset[str]]:
-    """The mesh axes over which each leaf of `fn(carry)` varies."""
+def _traced(fn: Callable, carry: Carry) -> tuple[Hoisted, list[frozenset[str]]]:
+    """`fn`, traced for a carry of these types, and the axes of what it returns."""
     found = []
 
     def probe(carry):
@@ -53,8 +52,7 @@ def _axes_of(fn: Callable, carry: Carry) -> list[frozenset[str]]:
         found.append([varying(x) for x in jtu.tree_leaves(out)])
         return out
 
-    jax.eval_shape(probe, carry)
-    return found[-1]
+    return hoist(probe, carry), found[-1]
 
 
 def while_loop(
@@ -81,12 +79,14 @@ def while_loop(
         leaves = [vary_over(x, a) for x, a in pairs]
         return jtu.tree_unflatten(treedef, leaves)
 
+    # Traced once for each guess of the types: loops within loops would otherwise be
+    # traced as many times as their depth is to the power of.
     while True:
         carry = cast(init, axes)
-        (pred,) = _axes_of(cond, carry)
-        pairs = zip(axes, _axes_of(body, carry), strict=True)
-        new_axes = [a | b | pred for a, b in pairs]
+        again, (pred,) = _traced(cond, carry)
+        step, out = _traced(body, carry)
+        new_axes = [a | b | pred for a, b in zip(axes, out, strict=True)]
         if new_axes == axes:
             break
         axes = new_axes
-    return lax.while_loop(cond, lambda c: cast(body(c), axes), carry)
+    return lax.while_loop(lambda c: again(c), lambda c: cast(step(c), axes), carry)

@@ -40,6 +40,10 @@ class Staged(AbstractBatching):
         ratio = (self.min_size / size) ** (1 / num)
         return (size, *(round(size * ratio**i) for i in range(1, num + 1)))
 
+    @property
+    def axis_names(self) -> frozenset[str]:
+        return frozenset()
+
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
         return solve_batch(loop, inputs, self.sizes)
 

@@ -13,7 +13,7 @@ from .._batching import AbstractBatching, Staged
 from .._custom_types import BoolScalar, Norm
 from .._dtype import rounding
 from .._misc import per_sample, tree_where
-from .._norm import divisor, max_norm
+from .._norm import max_norm
 from .._solution import RESULTS, Solution
 
 
@@ -25,10 +25,14 @@ _STOPPED_SHORT = 1e-3
 
 
 def is_at_rounding(
-    value: PyTree[Array], residual: Scalar, vector: PyTree[Array]
+    value: PyTree[Array], residual: Scalar, vector: PyTree[Array], eps: float
 ) -> BoolScalar:
-    """Whether a solution of `vector` with this `residual` cannot be bettered."""
-    eps = rounding(vector)
+    """Whether a solution of `vector` with this `residual` cannot be bettered.
+
+    **Arguments:**
+
+    - `eps`: The relative rounding of the products.
+    """
     size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
     floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value), size)
     return residual <= floor.astype(residual.dtype)
@@ -66,6 +70,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         tolerance: Array | float,
         batching: AbstractBatching,
         is_batch: bool = False,
+        unit: Array | None = None,
     ) -> Solution:
         """Solve `mv(x) = vector`.
 
@@ -78,6 +83,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         - `batching`: How the solve runs under `jax.vmap`.
         - `is_batch`: Whether `vector` is a batch, along the first axis, that `mv` takes
             as one. `tolerance`, the result and the statistics are then a sample's each.
+        - `unit`: What tolerances are relative to, in `norm`: `None` is `vector`.
         """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
@@ -149,13 +155,14 @@ class Preconditioned(AbstractMatrixFreeSolver):
     def norm(self):
         return self.solver.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
         sol = self.solver.solve(
             lambda w: mv(self.product(w)),
             vector,
             tolerance=tolerance,
             batching=batching,
             is_batch=is_batch,
+            unit=unit,
         )
         return dataclasses.replace(sol, value=self.product(sol.value))
 
@@ -169,18 +176,21 @@ def solve_from(
     tolerance: Array | float,
     batching: AbstractBatching,
     is_batch: bool = False,
+    unit: Array | None = None,
 ) -> Solution:
     """Solve `mv(x) = vector` from a first guess, unless zero is nearer.
 
     The other arguments are those of `solver.solve`. Cost: a product more.
     """
-    solve = ft.partial(solver.solve, batching=batching, is_batch=is_batch)
+    solve = ft.partial(
+        solver.solve, mv, tolerance=tolerance, batching=batching, is_batch=is_batch
+    )
     if guess is None:
-        return solve(mv, vector, tolerance=tolerance)
+        return solve(vector, unit=unit)
     residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
     begin = per_sample(is_batch)(ft.partial(_begin, solver.norm))
-    start, rhs, gain = begin(vector, guess, residual)
-    sol = solve(mv, rhs, tolerance=jnp.asarray(tolerance, gain.dtype) * gain)
+    start, rhs, size = begin(vector, guess, residual)
+    sol = solve(rhs, unit=size if unit is None else unit)
     stats = {**sol.stats, "num_fn_evals": sol.stats["num_fn_evals"] + 1}
     value = jtu.tree_map(jnp.add, start, sol.value)
     return dataclasses.replace(sol, value=value, stats=stats)
@@ -189,12 +199,11 @@ def solve_from(
 def _begin(
     norm: Norm, vector: PyTree[Array], guess: PyTree[Array], residual: PyTree[Array]
 ) -> tuple[PyTree[Array], PyTree[Array], Scalar]:
-    """The start, the right-hand side from there, and by how much that is smaller."""
+    """The start, the right-hand side from there, and the size of that from zero."""
     size, left = norm(vector), norm(residual)
     # False for a guess that is not finite.
     is_nearer = left < size
     zero = jtu.tree_map(jnp.zeros_like, guess)
     start = tree_where(is_nearer, guess, zero)
     rhs = tree_where(is_nearer, residual, vector)
-    gain = jnp.where(is_nearer, size / divisor(left), 1)
-    return start, rhs, gain
+    return start, rhs, size

@@ -7,8 +7,10 @@ from jaxtyping import Array, PyTree
 
 from .._batching import AbstractBatching, if_wanted, Lockstep
 from .._check import check_instance
-from .._custom_types import BoolScalar
-from .._misc import hoist, per_sample, tree_where
+from .._custom_types import BoolScalar, Norm
+from .._dtype import rounding
+from .._misc import hoist, Hoisted, per_sample, tree_where
+from .._norm import divisor
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver, is_at_rounding
 from .fixed_point import FixedPointLinearSolver
@@ -43,16 +45,21 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return self.first.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
         each = per_sample(is_batch)
         mv = hoist(mv, vector)
         found = self.first.solve(
-            mv, vector, tolerance=tolerance, batching=batching, is_batch=is_batch
+            mv,
+            vector,
+            tolerance=tolerance,
+            batching=batching,
+            is_batch=is_batch,
+            unit=unit,
         )
         residual = found.stats["residual"]
 
         def is_failed(value, result, residual, vector):
-            is_good = is_at_rounding(value, residual, vector)
+            is_good = is_at_rounding(value, residual, vector, rounding(vector))
             is_good = is_good & (result == RESULTS.stagnation)
             return ~is_good & (result != RESULTS.successful)
 
@@ -71,7 +78,14 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
         tolerance = jnp.broadcast_to(
             jnp.asarray(tolerance, residual.dtype), residual.shape
         )
-        operand = (self.second, mv, vector, tolerance, failed, old, self.norm)
+        second_unit = each(self.second.norm)(vector)
+        if unit is not None:
+            # As many times the vector in its norm as in that of the first.
+            size = each(lambda v: divisor(self.norm(v)))(vector)
+            second_unit = second_unit * (unit / size)
+        operand = _Operand(
+            self.second, mv, vector, tolerance, second_unit, failed, old, self.norm
+        )
         if is_plain:
             end = again(operand)
         else:
@@ -94,9 +108,21 @@ class _Ending(eqx.Module):
     num_fn_evals: Array
 
 
+class _Operand(eqx.Module):
+    solver: AbstractMatrixFreeSolver
+    mv: Hoisted
+    vector: PyTree[Array]
+    tolerance: Array
+    unit: Array
+    failed: Array
+    old: _Ending
+    norm: Norm
+
+
 def _choose(failed: BoolScalar, old: _Ending, new: _Ending) -> _Ending:
     """The better of two solutions, and the work of both."""
-    is_nearer = new.residual < old.residual
+    # Of equals the second, which knows more of why it failed.
+    is_nearer = new.residual <= old.residual
     is_nearer = is_nearer | (jnp.isfinite(new.residual) & jnp.isnan(old.residual))
     is_better = is_nearer | (new.result == RESULTS.successful)
     better = tree_where(failed & is_better, new, old)
@@ -113,22 +139,23 @@ class _Again(eqx.Module):
     batching: AbstractBatching
     is_batch: bool
 
-    def __call__(self, operand) -> _Ending:
-        solver, mv, vector, tolerance, failed, old, norm = operand
+    def __call__(self, given: _Operand) -> _Ending:
+        mv, vector, failed, old = given.mv, given.vector, given.failed, given.old
         each = per_sample(self.is_batch)
 
         # What has been solved gets a right-hand side of zero, and takes no step.
         def mask(failed, vector):
             return jtu.tree_map(lambda x: jnp.where(failed, x, 0), vector)
 
-        found = solver.solve(
+        found = given.solver.solve(
             mv,
             each(mask)(failed, vector),
-            tolerance=tolerance,
+            tolerance=given.tolerance,
             batching=self.batching,
             is_batch=self.is_batch,
+            unit=given.unit,
         )
-        residual = each(norm)(jtu.tree_map(jnp.subtract, vector, mv(found.value)))
+        residual = each(given.norm)(jtu.tree_map(jnp.subtract, vector, mv(found.value)))
         new = _Ending(
             found.value,
             found.result,

@@ -31,13 +31,13 @@ def _multiply(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
     )
 
 
-def _outcome(result: RESULTS, value: PyTree[Array], vector: PyTree[Array]) -> RESULTS:
-    """Singular, where a solution is so large that `vector` is lost beside it.
+def _outcome(result: RESULTS, value: PyTree[Array], size: Scalar) -> RESULTS:
+    """Singular, where a solution is so large that a vector of `size` is lost beside it.
 
     Its residual is then one of rounding errors alone: that of a singular system can be
     zero.
     """
-    is_lost = 2 * rounding(vector) * max_norm(value) > max_norm(vector)
+    is_lost = 2 * rounding(value) * max_norm(value) > size
     is_lost = is_lost & (result == RESULTS.successful)
     return RESULTS.where(is_lost, cast(RESULTS, RESULTS.singular), result)
 
@@ -73,9 +73,11 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm if self.solver is None else self.solver.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
         each = per_sample(is_batch)
-        unit = each(lambda v: divisor(max_norm(v)))(vector)
+        has_own_unit = unit is None
+        unit = each(max_norm)(vector) if has_own_unit else unit
+        unit = each(divisor)(unit)
         solver = self.solver
         if solver is None:
             # A solver has one tolerance: that of the strictest sample.
@@ -89,13 +91,15 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             (hoist(mv, scaled), scaled),
             max_steps=self.max_steps,
             is_batch=is_batch,
+            axis_names=batching.axis_names,
             run=batching.solve,
         )
         is_good = end.result == RESULTS.successful
         value, residual, stats = each(solver.postprocess)(
             end.y, end.residual, is_good, end.state
         )
-        result = each(_outcome)(end.result, value, scaled)
+        size = each(max_norm)(scaled) if has_own_unit else jnp.ones_like(unit)
+        result = each(_outcome)(end.result, value, size)
         stats = {
             "num_steps": end.num_steps,
             "num_fn_evals": end.num_fn_evals,

@@ -8,7 +8,7 @@ from .._custom_types import RealScalarLike
 from .._dtype import residual_dtype
 from .._krylov import gmres
 from .._misc import per_sample, struct
-from .._norm import two_norm
+from .._norm import divisor, two_norm
 from .._ravel import raveller
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
@@ -57,7 +57,7 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return two_norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
         each = per_sample(is_batch)
         sample = struct(vector)
         if is_batch:
@@ -72,6 +72,9 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
         dtype = residual_dtype(vector)
         limit = jnp.asarray(rtol, dtype) + jnp.asarray(self.atol, dtype)
         limit = jnp.broadcast_to(limit, flat.shape[:-1])
+        size = each(two_norm)(flat).astype(dtype)
+        if unit is not None:
+            limit = limit * (unit.astype(dtype) / each(divisor)(size))
         end = gmres(
             lambda x: ravel(mv(unravel(x))),
             flat,
@@ -81,7 +84,7 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
             batching=batching,
             is_batch=is_batch,
         )
-        allowed = _SLACK * limit * each(two_norm)(flat).astype(dtype)
+        allowed = _SLACK * limit * size
 
         def judge(residual, allowed, num_steps):
             ran_out = num_steps >= self.max_steps

@@ -52,8 +52,8 @@ class Neumann(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False):
-        del tolerance, batching
+    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+        del tolerance, batching, unit
         each = per_sample(is_batch)
         mv = hoist(mv, vector)
 

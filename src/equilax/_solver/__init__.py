@@ -12,7 +12,7 @@ from .best_so_far import BestSoFar as BestSoFar
 from .broyden import Broyden as Broyden
 from .fixed_point_iteration import FixedPointIteration as FixedPointIteration
 from .inverse_estimate import AbstractInverseEstimate as AbstractInverseEstimate
-from .iterate import iterate as iterate, make_loop as make_loop, Progress as Progress
+from .iterate import iterate as iterate, make_loop as make_loop
 from .line_search import (
     AbstractLineSearch as AbstractLineSearch,
     Backtracking as Backtracking,
@@ -20,6 +20,7 @@ from .line_search import (
 )
 from .newton import Newton as Newton
 from .newton_krylov import NewtonKrylov as NewtonKrylov
+from .progress import Progress as Progress
 from .reversible import Reversible as Reversible, Way as Way
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced

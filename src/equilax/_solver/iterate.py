@@ -3,12 +3,12 @@
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import Any, Generic
+from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
-from jaxtyping import PyTree, Scalar
+from jaxtyping import PyTree
 
 from .._batching import Loop
 from .._custom_types import Args, BoolScalar, IntScalar, Y
@@ -18,6 +18,7 @@ from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
 from .budget import is_budget_of
 from .judge import judge, Judged
+from .progress import Progress
 
 
 # The figures of the docstring of `RESULTS`.
@@ -27,23 +28,6 @@ _PATIENCE = 1000
 # A residual is a difference of two numbers of the size of `y`, one of them the result
 # of many operations: at this many units in the last place it holds no information.
 _ROUNDING_UNITS = 8
-
-
-class Progress(eqx.Module, Generic[Y]):
-    """How far a solve has come: the carry of its loop."""
-
-    y: Y
-    state: PyTree[Any]
-    result: RESULTS
-    is_live: BoolScalar
-    num_steps: IntScalar
-    num_fn_evals: IntScalar
-    residual: Scalar
-    first_residual: Scalar
-    best_residual: Scalar
-    best_step: IntScalar
-    best_y: Y
-    is_trial: BoolScalar
 
 
 def _verdict(
@@ -116,6 +100,7 @@ def _advance(
     args: Args,
     num_steps: IntScalar,
     max_steps: int,
+    axis_names: frozenset[str],
     now: Progress[Y],
     f: Y,
 ) -> Progress[Y]:
@@ -134,6 +119,8 @@ def _advance(
         best_step=jnp.where(is_best, now.num_steps, now.best_step),
     )
     stop, result = _verdict(solver, y, judged, seen, max_steps)
+    if axis_names:  # What is frozen would not follow the others any more.
+        stop = jax.lax.pmin(stop.astype(jnp.int32), tuple(axis_names)) > 0
     proceed = now.is_live & ~stop
     # Of equals the last, which has come further.
     is_best_y = now.is_live & (judged.residual <= now.best_residual)
@@ -193,7 +180,13 @@ def _refuse(solver: AbstractFixedPointSolver) -> Callable:
     return fn
 
 
-def make_loop(static: Any, *, max_steps: int, is_batch: bool) -> Loop:
+def make_loop(
+    static: Any,
+    *,
+    max_steps: int,
+    is_batch: bool,
+    axis_names: frozenset[str] = frozenset(),
+) -> Loop:
     """The loop for one problem.
 
     Its inputs are the arrays of `(fn, solver, y0, args, state)`.
@@ -203,6 +196,7 @@ def make_loop(static: Any, *, max_steps: int, is_batch: bool) -> Loop:
     - `static`: What is left of `(fn, solver, y0, args, state)` without its arrays.
     - `is_batch`: Whether `y0` is a batch that `fn` takes as one. Each sample is judged
         and moved by itself all the same.
+    - `axis_names`: The vmapped axes along which samples depend on each other.
     """
     each = per_sample(is_batch)
 
@@ -214,7 +208,9 @@ def make_loop(static: Any, *, max_steps: int, is_batch: bool) -> Loop:
         fn, solver, _, args, _ = eqx.combine(inputs, static)
         f = fn(now.y, args)
         inner = _refuse(solver) if is_batch else fn
-        advance = ft.partial(_advance, solver, inner, args, num_steps, max_steps)
+        advance = ft.partial(
+            _advance, solver, inner, args, num_steps, max_steps, axis_names
+        )
         return each(advance)(now, f)
 
     return Loop(init, body, lambda now: jnp.any(now.is_live))
@@ -229,6 +225,7 @@ def iterate(
     max_steps: int,
     is_batch: bool = False,
     state: PyTree[Any] = None,
+    axis_names: frozenset[str] = frozenset(),
     run: Callable[[Loop, PyTree[Any]], Progress[Y]],
 ) -> Progress[Y]:
     """Iterate `solver` on `fn` from `y0` until it stops.
@@ -241,10 +238,13 @@ def iterate(
         leaves: see [`equilax._misc.hoist`][].
     - `is_batch`: Whether `y0` is a batch, along the first axis, that `fn` takes as one.
     - `state`: That in which an earlier solve ended, or `None`.
+    - `axis_names`: The vmapped axes along which samples depend on each other.
     - `run`: Runs a [`equilax._batching.Loop`][] on its inputs: the `solve` of a
         batching strategy, or a loop that can be differentiated.
     """
     problem = (fn, solver, y0, args, state)
     inputs, static = eqx.partition(problem, eqx.is_array)
-    loop = make_loop(static, max_steps=max_steps, is_batch=is_batch)
+    loop = make_loop(
+        static, max_steps=max_steps, is_batch=is_batch, axis_names=axis_names
+    )
     return per_sample(is_batch)(_best_on_failure)(run(loop, inputs))
