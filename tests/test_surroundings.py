@@ -2,6 +2,7 @@
 
 import functools as ft
 import warnings
+from collections.abc import Callable
 
 import equilax as eqlx
 import equinox as eqx
@@ -141,7 +142,7 @@ def test_donated_parameters_and_starts():
         z, pull = jax.vjp(lambda c: _solve(fn, z0, c), c)
         return c - 0.1 * pull(jnp.ones_like(z))[0], z
 
-    c, expected = jnp.full(4, 0.3), np.full(4, 0.3)
+    c, expected, root = jnp.full(4, 0.3), np.full(4, 0.3), np.zeros(4)
     z = jnp.zeros(4)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -217,7 +218,7 @@ def test_a_rule_for_reverse_mode_alone(getkey):
     w, x = tanh_problem(getkey(), 4, 0.25)
     ct = jr.normal(getkey(), (4,))
 
-    def loss(x, monitor=None, act=_with_vjp(3)):  # noqa: B008
+    def loss(x, monitor=None, act: Callable = _with_vjp(3)):  # noqa: B008
         cell = lambda z, args: act(args[0] @ z + args[1])
         z = _solve(cell, jnp.zeros(4), (w, x), monitor=monitor)
         return jnp.sum(z * ct)

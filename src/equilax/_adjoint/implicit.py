@@ -31,7 +31,8 @@ class ImplicitAdjoint(AbstractImplicitAdjoint):
 
     A linear solve that fails is never silent: it raises if the solve was called with
     `throw=True`, and otherwise `on_failure` says what becomes of the derivative of that
-    sample. One that stops at the level of rounding of the dtype has not failed. An
+    sample. One that stops at the level of rounding of the dtype has not failed: in half
+    precision that is a quarter of the cotangent, so check there what you train on. An
     [`equilax.AdjointMonitor`][] tells the steps, residuals and failures of the backward
     pass.
 

@@ -29,8 +29,9 @@ class AdjointMonitor(eqx.Module):
         seen.num_steps / seen.num_solves
         ```
 
-    Forward mode takes no notice of it. Cost: nothing but the sums; with a `solution` a
-    product with the Jacobian more.
+    Forward mode takes no notice of it. Cost: the sums; a product with the Jacobian more
+    with a `solution`, and for a linear solver that has no residual at hand, as
+    [`equilax.Neumann`][] and those of Lineax.
     """
 
     num_solves: Float[Array, ""] = eqx.field(default_factory=_zero)

@@ -75,7 +75,7 @@ class Neumann(AbstractMatrixFreeSolver):
             init,
             may_vary=any_varying(mv, vector),
         )
-        # Seldom asked for, and then gone from the compiled program.
+        # Gone from the compiled program where nobody asks for it.
         residual = each(max_norm)(jtu.tree_map(jnp.subtract, vector, mv(u)))
         num = jnp.zeros(residual.shape, jnp.int32) + jnp.int32(self.num_terms)
         stats = {

@@ -74,7 +74,8 @@ class FixedPointLayer(eqx.Module):
             module. Two things are optional: a method `init(x) -> z0` that shapes the
             state, and a keyword argument `key` for randomness.
         - `solver`: A fixed-point solver, such as [`equilax.Anderson`][].
-        - `adjoint`: How to differentiate the solve. Keyword only argument.
+        - `adjoint`: How to differentiate the solve. The `args` of its `preconditioner`
+            are `(cell, x, key)`. Keyword only argument.
         - `batching`: How the solve runs under `jax.vmap`. Keyword only argument.
         - `max_steps`: The most steps to take. Keyword only argument.
         - `throw`: Whether a failed solve raises. Keyword only argument.
