@@ -60,22 +60,6 @@ _cos = lambda y, a: jnp.cos(a * y)
 _cos_value, _cos_first, _cos_second = 0.7390851332151607, -0.2974743, 0.1533379
 
 
-@exact
-def test_second_order_in_every_order_of_modes(name):
-    solver = eqlx.Anderson(0.0, 1e-12)
-
-    def solve(a):
-        adjoint = _exact(1e-12)[name]
-        return eqlx.fixed_point(_cos, solver, jnp.array(0.5), a, adjoint=adjoint).value
-
-    a = jnp.array(1.0)
-    for first in (jax.grad, jax.jacfwd):
-        assert jnp.allclose(jax.jit(first(solve))(a), _cos_first, atol=1e-7)
-        for second in (jax.grad, jax.jacfwd):
-            got = jax.jit(second(first(solve)))(a)
-            assert jnp.allclose(got, _cos_second, atol=1e-7)
-
-
 def test_third_order():
     solver = eqlx.Anderson(0.0, 1e-13)
     solve = lambda a: eqlx.fixed_point(_cos, solver, jnp.array(0.5), a).value
@@ -84,22 +68,6 @@ def test_third_order():
     by_difference = (hessian(a + h) - hessian(a - h)) / (2 * h)
     third = jax.jit(jax.grad(jax.jacfwd(jax.grad(solve))))(a)
     assert jnp.allclose(third, by_difference, rtol=1e-5)
-
-
-def test_a_hessian_is_that_of_the_unrolled_iteration(getkey):
-    w, x = tanh_problem(getkey(), 5, 0.7)
-
-    def solve(x):
-        solver = eqlx.Anderson(0.0, 1e-12)
-        return jnp.sum(eqlx.fixed_point(tanh_cell, solver, 0 * x, (w, x)).value ** 2)
-
-    def unrolled(x):
-        step = lambda z, _: (tanh_cell(z, (w, x)), None)
-        return jnp.sum(jax.lax.scan(step, 0 * x, None, length=150)[0] ** 2)
-
-    expected = jax.hessian(unrolled)(x)
-    for hessian in (jax.hessian(solve), jax.jacrev(jax.grad(solve))):
-        assert relative_error(jax.jit(hessian)(x), expected) < 1e-9
 
 
 @exact

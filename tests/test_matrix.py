@@ -206,9 +206,9 @@ _SOLVERS = list(every_solver(0.0, 1e-3))
 
 
 _PART = {
-    "default": _SURROUNDINGS,
+    "default": ("jit", "vmap", "shard_map"),
     "krylov": ("shard_map",),
-    "preconditioned": ("vmap",),
+    "preconditioned": ("jit",),
     "lu": ("vmap",),
     "qr": ("jit",),
     "gmres": ("jit",),

@@ -118,9 +118,8 @@ def test_gradients_in_and_through_shard_map(getkey, axis_type, adjoint):
         assert relative_error(got_x, grad_x) < 1e-8
 
 
-@meshes
-def test_second_order_in_shard_map(axis_type):
-    mesh = _mesh(axis_type)
+def test_second_order_in_shard_map():
+    mesh = _mesh(AxisType.Explicit)
 
     def one(a):
         solver = eqlx.FixedPointIteration(0.0, 1e-12)
