@@ -40,6 +40,12 @@ def per_sample(is_batch: bool) -> Callable[[Callable], Callable]:
     return jax.vmap if is_batch else lambda fn: fn
 
 
+def transposed(linear: Callable, like: PyTree[Array]) -> Callable:
+    """The transpose of a linear function of a tree like `like`."""
+    transpose = jax.linear_transpose(linear, like)
+    return lambda x: transpose(x)[0]
+
+
 def struct(tree: PyTree[Any]) -> PyTree[Any]:
     """Shapes and dtypes alone: what two trees are compared by.
 

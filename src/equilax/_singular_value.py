@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Scalar
 
 from ._batching import while_loop
 from ._custom_types import BoolScalar, IntScalar
-from ._misc import any_varying, vary_over
+from ._misc import any_varying, transposed, vary_over
 from ._norm import divisor, two_norm
 
 
@@ -199,5 +199,4 @@ def linear_pair(
 ) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
     """The derivative of `fn` at `x` as a linear function, and its transpose."""
     _, product = jax.linearize(fn, x)
-    transpose = jax.linear_transpose(product, x)
-    return product, lambda ct: transpose(ct)[0]
+    return product, transposed(product, x)

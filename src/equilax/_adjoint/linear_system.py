@@ -15,12 +15,12 @@ from jaxtyping import Array, PyTree
 
 from .._dtype import at_least_single
 from .._linear import AbstractMatrixFreeSolver
-from .._misc import any_varying, struct, vary_over
+from .._misc import any_varying, struct, transposed, vary_over
 from .base import Problem
 from .matrix_free import matrix_free
-from .monitor import AdjointMonitor, as_vector, figures
-from .outcome import checked, Outcome
-from .ravelling import Ravelling, ravelling_of, transposed
+from .monitor import AdjointMonitor, as_vector
+from .outcome import checked, figures_of, Outcome
+from .ravelling import Ravelling, ravelling_of
 from .rule import Rule
 from .through_lineax import check_lineax, real_tags, through_lineax
 
@@ -60,9 +60,18 @@ def linear_system(
         check_lineax(rule, y, problem)
         tags = real_tags(y, problem.tags)
         solve = through_lineax(rule.linear_solver, tags)
-        transposed = lx.transpose_tags(tags)
-        transpose_solve = through_lineax(rule.linear_solver, transposed)
+        transpose_solve = through_lineax(rule.linear_solver, lx.transpose_tags(tags))
     return System(mv, solve, transpose_solve, ravelling)
+
+
+def checker(rule: Rule, problem: Problem) -> Callable[[Outcome], Array]:
+    """What takes an outcome to the value to go on with, or raises."""
+    return ft.partial(
+        checked,
+        throw=problem.throw,
+        on_failure=rule.on_failure,
+        is_batch=problem.is_batch,
+    )
 
 
 def derivative(
@@ -81,12 +90,7 @@ def derivative(
     - `t_monitor`: The tangent of the monitor. The solution does not depend on it, but
         in reverse mode the figures of the solve become its cotangent.
     """
-    check = ft.partial(
-        checked,
-        throw=problem.throw,
-        on_failure=rule.on_failure,
-        is_batch=problem.is_batch,
-    )
+    check = checker(rule, problem)
     vector = system.ravelling.ravel(rhs)
 
     # Linear in its right-hand side whatever happens in `solve`, for which reason the
@@ -150,13 +154,7 @@ def _watched(
             return unpack(transposed_mv(pack((first, *rest))))[0]
 
         outcome = system.transpose_solve(first_mv, first, guess)
-        value = check(outcome)
-        found = figures(
-            outcome.stats["num_steps"],
-            jnp.logical_not(outcome.is_usable),
-            outcome.relative,
-            problem.is_batch,
-        )
+        value, found = check(outcome), figures_of(outcome, problem.is_batch)
         return pack((value, found, None if guess is None else value))
 
     packed = vary_over(pack(parts), axes)

@@ -8,6 +8,7 @@ from jaxtyping import Array, Bool, Float, PyTree
 from .._failure import Kind, raise_if_failed
 from .._misc import per_sample, tree_allfinite
 from .._solution import RESULTS
+from .monitor import figures
 from .on_failure import OnFailure
 
 
@@ -60,6 +61,13 @@ class Outcome(eqx.Module):
     is_usable: Bool[Array, "..."]
     relative: Float[Array, "..."]
     stats: dict[str, Any]
+
+
+def figures_of(outcome: Outcome, is_batch: bool) -> Float[Array, "4"]:
+    """What a monitor is told of it."""
+    is_failed = jnp.logical_not(outcome.is_usable)
+    steps, relative = outcome.stats["num_steps"], outcome.relative
+    return figures(steps, is_failed, relative, is_batch)
 
 
 def checked(

@@ -11,7 +11,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from .._custom_types import RealScalarLike
-from .._misc import per_sample
+from .._misc import per_sample, transposed
 from .._norm import two_norm
 from .._solver import AbstractInverseEstimate
 from .base import Problem
@@ -57,8 +57,7 @@ class Given(AbstractPreconditioner):
         # What it computes of `y` and `args` alone is computed once.
         _, product = jax.linearize(lambda v: self.fn(v, y, problem.args), zero)
         if is_transposed:
-            transposed = jax.linear_transpose(product, zero)
-            return lambda _: lambda v: transposed(v)[0]
+            product = transposed(product, zero)
         return lambda _: product
 
 

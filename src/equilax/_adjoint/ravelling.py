@@ -16,12 +16,6 @@ class Ravelling(eqx.Module):
     unravel: Callable[[Array], PyTree[Array]] = eqx.field(static=True)
 
 
-def transposed(linear: Callable, like: PyTree[Array]) -> Callable:
-    """The transpose of a linear function of a tree like `like`."""
-    transpose = jax.linear_transpose(linear, like)
-    return lambda x: transpose(x)[0]
-
-
 def ravelling_of(tree: PyTree[Array], is_batch: bool) -> Ravelling:
     if not is_batch:
         return Ravelling(*raveller(struct(tree)))

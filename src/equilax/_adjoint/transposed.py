@@ -1,20 +1,17 @@
 """The transposed system by itself: the linear solve of a backward pass."""
 
-import functools as ft
 from collections.abc import Callable
 
 import equinox as eqx
-import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._misc import any_varying, vary_over, varying
+from .._misc import any_varying, transposed, vary_over, varying
 from .base import Problem
-from .linear_system import System
-from .monitor import AdjointMonitor, figures
-from .outcome import checked, Outcome
-from .ravelling import transposed
+from .linear_system import checker, System
+from .monitor import AdjointMonitor
+from .outcome import figures_of
 from .rule import Rule
 
 
@@ -59,30 +56,20 @@ def settle_adjoint(
 ) -> tuple[PyTree[Array], AdjointMonitor | None]:
     """The solution for the cotangent `ct`, and the cotangent of the monitor."""
     flipped, monitor = transpose_system(system, y), problem.monitor
-    check = ft.partial(
-        checked,
-        throw=problem.throw,
-        on_failure=rule.on_failure,
-        is_batch=problem.is_batch,
-    )
+    check = checker(rule, problem)
     guess = None
     if monitor is not None and monitor.solution is not None:
         axes = any_varying(y)
         solution = jtu.tree_map(lambda x: vary_over(x, axes), monitor.solution)
         guess = lax.stop_gradient(flipped.to_vector(solution))
 
-    def numbers(outcome: Outcome) -> Array:
-        is_failed = jnp.logical_not(outcome.is_usable)
-        steps, relative = outcome.stats["num_steps"], outcome.relative
-        return figures(steps, is_failed, relative, problem.is_batch)
-
     def solve(mv, vector):
         outcome = system.transpose_solve(mv, vector, guess)
-        return check(outcome), numbers(outcome)
+        return check(outcome), figures_of(outcome, problem.is_batch)
 
     def transpose_solve(mv, vector):
         outcome = system.solve(mv, vector, None)
-        return check(outcome), numbers(outcome)
+        return check(outcome), figures_of(outcome, problem.is_batch)
 
     u, found = lax.custom_linear_solve(
         flipped.mv,
