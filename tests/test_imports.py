@@ -13,14 +13,16 @@ import pytest
 _ORDER = (
     ("equilax_kernels",),
     ("_custom_types", "_dtype"),
+    ("_mesh",),
     ("_check", "_norm", "_solution"),
     ("_misc", "_failure", "_ravel"),
     ("_batching",),
     ("_krylov", "_singular_value", "_trace"),
     ("_bounds", "_solver"),
-    ("_linear",),
+    ("_axis_names", "_linear"),
     ("_adjoint",),
     ("_diagnostics", "_fixed_point", "_solve_adjoint"),
+    ("sharding",),
     ("nn",),
 )
 _LEVEL = {name: i for i, names in enumerate(_ORDER) for name in names}

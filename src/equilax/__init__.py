@@ -1,6 +1,6 @@
 import importlib.metadata
 
-from . import nn as nn
+from . import nn as nn, sharding as sharding
 from ._adjoint import (
     AbstractAdjoint as AbstractAdjoint,
     AbstractImplicitAdjoint as AbstractImplicitAdjoint,

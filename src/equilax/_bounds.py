@@ -13,7 +13,8 @@ from jaxtyping import Array, Float, PyTree, Scalar
 from ._batching import Vmapped
 from ._dtype import residual_dtype
 from ._krylov.gmres import gmres
-from ._misc import any_varying, struct, vary_over, varying
+from ._mesh import any_varying, vary_over, varying
+from ._misc import struct
 from ._norm import divisor, two_norm
 from ._ravel import raveller
 from ._singular_value import bidiagonalise, bound_from, linear_pair, start_vector

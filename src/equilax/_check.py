@@ -1,10 +1,11 @@
 """Errors for wrong calls: the argument, what came, what was expected."""
 
+import inspect
 from typing import Any
 
 import numpy as np
 
-from ._custom_types import RealScalarLike
+from ._custom_types import AxisName, RealScalarLike
 
 
 def check_instance(name: str, value: Any, kind: type):
@@ -46,6 +47,30 @@ def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):
                 f"`{name}` must be one number; got one of shape {np.shape(value)}."
             )
         check_nonnegative(name, value)
+
+
+def check_axis_name(value: Any):
+    """Refuse what does not name mesh axes."""
+    names = value if isinstance(value, tuple) else (value,)
+    if value is not None and not (names and all(isinstance(n, str) for n in names)):
+        raise TypeError(
+            "`axis_name` must be the name of a mesh axis, a tuple of names, or `None`; "
+            f"got {value!r}."
+        )
+
+
+def check_norm(norm: Any, axis_name: AxisName):
+    """Refuse a norm that cannot be told along which mesh axes a state is split."""
+    check_callable("norm", norm, "norm(y)")
+    if axis_name is None:
+        return
+    try:
+        inspect.signature(norm).bind(None, axis_name)
+    except TypeError:
+        raise ValueError(
+            f"`norm` must be callable as `norm(y, axis_name)` with `axis_name="
+            f"{axis_name!r}`, and reduce over these mesh axes; got {norm!r}."
+        ) from None
 
 
 def check_nonnegative(name: str, value: RealScalarLike):

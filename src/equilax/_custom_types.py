@@ -16,4 +16,6 @@ MaybeAuxFn: TypeAlias = Fn[Y, Aux] | NoAuxFn[Y]
 BoolScalar: TypeAlias = Bool[Array, ""]
 IntScalar: TypeAlias = Int[Array, ""]
 RealScalarLike: TypeAlias = float | int | Float[Array, ""]
-Norm: TypeAlias = Callable[[PyTree[Array]], Scalar]
+# Of mesh axes along which something is split: none, one or several.
+AxisName: TypeAlias = str | tuple[str, ...] | None
+Norm: TypeAlias = Callable[..., Scalar]

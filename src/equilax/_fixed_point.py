@@ -12,16 +12,17 @@ from ._adjoint import (
     ImplicitAdjoint,
     Problem,
 )
+from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance, check_integer
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._failure import Kind, raise_if_failed
-from ._misc import any_varying, per_sample
+from ._mesh import any_varying
+from ._misc import per_sample
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state, iterate
 from ._trace import (
     as_state,
-    check_axis_names,
     check_batch,
     check_like,
     move,
@@ -129,8 +130,8 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
     check_batch(y0, batch_axis)
     monitor = _check_monitor(settings.monitor, y0, batch_axis)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
-    batching, has_collectives = check_axis_names(hoisted, settings.batching)
     solver, state, max_steps = settings.solver, settings.state, settings.max_steps
+    batching = check_axis_names(hoisted, solver, state0, settings.batching)
     if state is not None:
         check_solver_state(solver, state0, state, max_steps, per_sample(is_batch))
     problem = Problem(
@@ -144,7 +145,6 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
         settings.tags,
         max_steps,
         settings.throw,
-        has_collectives,
         is_batch,
     )
     end, stats = settings.adjoint.apply(_solve, problem)

@@ -7,11 +7,11 @@ import jax
 import jax.extend as jex
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jax import lax
-from jaxtyping import Array, ArrayLike, PyTree
+from jaxtyping import Array, PyTree
 
-from ._custom_types import BoolScalar, Y
+from ._custom_types import AxisName, BoolScalar, Y
 from ._dtype import at_least_single
+from ._mesh import on_all
 
 
 def tree_where(pred: BoolScalar, true: PyTree[Array], false: PyTree[Array]):
@@ -19,10 +19,15 @@ def tree_where(pred: BoolScalar, true: PyTree[Array], false: PyTree[Array]):
     return jtu.tree_map(ft.partial(jnp.where, pred), true, false)
 
 
-def tree_allfinite(tree: PyTree[Array]) -> BoolScalar:
-    """Whether every element of every leaf is finite. An empty tree is finite."""
+def tree_allfinite(tree: PyTree[Array], axis_name: AxisName = None) -> BoolScalar:
+    """Whether every element of every leaf is finite. An empty tree is finite.
+
+    **Arguments:**
+
+    - `axis_name`: The mesh axes along which the leaves are split.
+    """
     finite = jtu.tree_map(lambda x: jnp.all(jnp.isfinite(x)), tree)
-    return jtu.tree_reduce(jnp.logical_and, finite, jnp.array(True))
+    return on_all(jtu.tree_reduce(jnp.logical_and, finite, jnp.array(True)), axis_name)
 
 
 def difference(y: Y, f: Y) -> Y:
@@ -53,24 +58,6 @@ def struct(tree: PyTree[Any]) -> PyTree[Any]:
     these differ between a start that is zero everywhere and the iterates after it.
     """
     return jtu.tree_map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
-
-
-def varying(x: ArrayLike) -> frozenset[str]:
-    """The manual mesh axes over which `x` differs between devices."""
-    return frozenset(jax.typeof(x).mat.varying)
-
-
-def vary_over(x: ArrayLike, axes: frozenset[str]) -> Array:
-    """Declare `x` to vary over `axes`, those over which it varies already included."""
-    # Casting an axis a second time is an error, hence the difference.
-    missing = tuple(sorted(axes - varying(x)))
-    return lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
-
-
-def any_varying(*trees: PyTree[Any]) -> frozenset[str]:
-    """The union of the axes over which any leaf varies. Empty outside `shard_map`."""
-    leaves = jtu.tree_leaves(eqx.filter(trees, eqx.is_array))
-    return frozenset().union(*(varying(x) for x in leaves))
 
 
 class Hoisted(eqx.Module):

@@ -1,12 +1,15 @@
 import functools as ft
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, PyTree, Scalar
 
+from ._custom_types import AxisName, Norm
 from ._dtype import at_least_single, promote, real
+from ._mesh import from_all, num_parts
 
 
 def _magnitude(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
@@ -34,18 +37,22 @@ def _reduce(tree: PyTree[Array], leaf_norm, join) -> Scalar:
     return ft.reduce(join, parts) if parts else jnp.zeros((), dtype)
 
 
-def max_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+def max_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Scalar:
     r"""The largest magnitude in `x`: $\max_i |x_i|$, over all leaves.
 
     **Arguments:**
 
     - `x`: A pytree of real or complex arrays.
+    - `axis_name`: The mesh axes along which the leaves are split, one part a device.
 
     **Returns:**
 
     A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
-    a number if any element is. Cost: one pass over `x`.
+    a number if any element is. Cost: one pass over `x`, and an all-reduce of a number a
+    device if there is an `axis_name`.
     """
+    if axis_name is not None:
+        return max_norm(from_all(max_norm(x), axis_name))
     return _flat_at_zero(_reduce(x, jnp.max, jnp.maximum))
 
 
@@ -54,7 +61,7 @@ def divisor(size: Scalar) -> Scalar:
     return jnp.where((size == 0) | ~jnp.isfinite(size), 1, size)
 
 
-def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+def two_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Scalar:
     r"""The Euclidean norm $\sqrt{\sum_i |x_i|^2}$, over all leaves.
 
     The elements are divided by the largest before they are squared, so that neither
@@ -63,12 +70,16 @@ def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
     **Arguments:**
 
     - `x`: A pytree of real or complex arrays.
+    - `axis_name`: The mesh axes along which the leaves are split, one part a device.
 
     **Returns:**
 
     A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
-    a number if any element is. Cost: two passes over `x`.
+    a number if any element is. Cost: two passes over `x`, and an all-reduce of a number
+    a device if there is an `axis_name`.
     """
+    if axis_name is not None:
+        return two_norm(from_all(two_norm(x), axis_name))
     # Frozen, or the derivative would run through the largest element twice.
     largest = jax.lax.stop_gradient(max_norm(x))
     scale = divisor(largest)
@@ -77,17 +88,28 @@ def two_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
     return jnp.where(squares == 0, 0, scale * jnp.sqrt(positive))
 
 
-def rms_norm(x: PyTree[Inexact[Array, "..."]]) -> Scalar:
+def rms_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Scalar:
     r"""The root of the mean square, $\|x\|_2 / \sqrt{n}$ for `n` elements in all.
 
     **Arguments:**
 
     - `x`: A pytree of real or complex arrays.
+    - `axis_name`: The mesh axes along which the leaves are split, one part a device.
 
     **Returns:**
 
     A scalar in the units of `x`, real and at least float32. Zero for an empty tree. Not
-    a number if any element is. Cost: two passes over `x`.
+    a number if any element is. Cost: two passes over `x`, and an all-reduce of a number
+    a device if there is an `axis_name`.
     """
-    size = sum(leaf.size for leaf in jtu.tree_leaves(x))
-    return two_norm(x) / math.sqrt(max(size, 1))
+    return two_norm(x, axis_name) / math.sqrt(max(num_elements(x, axis_name), 1))
+
+
+def num_elements(x: PyTree[Any], axis_name: AxisName = None) -> int:
+    """The elements of all leaves, on all devices along which they are split."""
+    return num_parts(axis_name) * sum(leaf.size for leaf in jtu.tree_leaves(x))
+
+
+def measured(norm: Norm, x: PyTree[Array], axis_name: AxisName) -> Scalar:
+    """`x` in a norm that may be a user's, who need not know of mesh axes."""
+    return norm(x) if axis_name is None else norm(x, axis_name)

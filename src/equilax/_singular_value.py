@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Scalar
 
 from ._batching import while_loop
 from ._custom_types import BoolScalar, IntScalar
-from ._misc import any_varying, transposed, vary_over
+from ._mesh import any_varying, vary_over
+from ._misc import transposed
 from ._norm import divisor, two_norm
 
 

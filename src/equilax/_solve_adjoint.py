@@ -13,15 +13,16 @@ from ._adjoint import (
     SharedInverseAdjoint,
     transpose_system,
 )
+from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
-from ._misc import any_varying, per_sample, vary_over
+from ._mesh import any_varying, vary_over
+from ._misc import per_sample
 from ._solution import Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state
 from ._trace import (
     as_state,
-    check_axis_names,
     check_batch,
     check_like,
     move,
@@ -52,7 +53,7 @@ def _solve_adjoint(
     cotangent = check_like("cotangent", cotangent, y)
     guess = None if guess is None else check_like("guess", guess, y)
     hoisted, y = trace(fn, y, args, has_aux, batch_axis)
-    batching, has_collectives = check_axis_names(hoisted, batching)
+    batching = check_axis_names(hoisted, solver, y, batching)
     if state is None:
         state = per_sample(is_batch)(lambda y: solver.init(y, max_steps=1))(y)
     else:
@@ -68,7 +69,6 @@ def _solve_adjoint(
         tags,
         1,
         throw,
-        has_collectives,
         is_batch,
     )
     rule = adjoint.rule(problem)
@@ -86,7 +86,11 @@ def _solve_adjoint(
     value = outcome.value
     if throw:
         value = checked(
-            outcome, throw=True, on_failure=rule.on_failure, is_batch=is_batch
+            outcome,
+            throw=True,
+            on_failure=rule.on_failure,
+            is_batch=is_batch,
+            axis_name=solver.axis_name,
         )
     stats = {**outcome.stats, "is_usable": outcome.is_usable}
     value = move(flipped.from_vector(value), 0, batch_axis)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from ._batching import AbstractBatching, Vmapped
 from ._custom_types import Y
-from ._misc import hoist, Hoisted, vary_over, varying
+from ._mesh import any_varying, vary_over
+from ._misc import hoist, Hoisted
 
 
 class ValueOf(eqx.Module, Generic[Y]):
@@ -123,44 +123,22 @@ def trace(
     In what is returned the batch, if there is one, is along the first axis.
     """
     y0 = move(y0, batch_axis, 0)
+    found: list[frozenset[str]] = []
 
     def checked(y, args):
         y = move(y, 0, batch_axis)
         f, aux = _split(fn(y, args), has_aux)
         _check_same("`fn`", "return", "`y0`", f, y)
         f = jtu.tree_map(lambda x, like: jnp.asarray(x, like.dtype), f, y)
-        axes.append([varying(x) for x in jtu.tree_leaves(f)])
+        found.append(any_varying(f))
         return move(f, batch_axis, 0), aux
 
+    axes = any_varying(y0)
     while True:
-        axes: list[list[frozenset[str]]] = []
+        # All leaves alike: of one that did not vary the products with a transposed
+        # Jacobian would be summed over devices which need not take the same steps.
+        y0 = jtu.tree_map(lambda x, axes=axes: vary_over(x, axes), y0)
         hoisted = hoist(checked, y0, args)
-        leaves, treedef = jtu.tree_flatten(y0)
-        new = [vary_over(x, a) for x, a in zip(leaves, axes[-1], strict=True)]
-        if all(varying(x) == varying(n) for x, n in zip(leaves, new, strict=True)):
+        if found[-1] <= axes:
             return hoisted, y0
-        y0 = jtu.tree_unflatten(treedef, new)
-
-
-def check_axis_names(
-    hoisted: Hoisted, batching: AbstractBatching
-) -> tuple[AbstractBatching, bool]:
-    """Refuse collectives over a vmapped axis, which a batch of our own has not.
-
-    **Returns:**
-
-    `batching`, which knows of the vmapped axes over which there are collectives, and
-    whether there are any at all, those over the axes of a mesh included.
-    """
-    # These are effects of a trace, each with the `name` of its axis.
-    found = {getattr(effect, "name", None) for effect in hoisted.jaxpr.effects} - {None}
-    names = found - set(jax.sharding.get_abstract_mesh().manual_axes)
-    if names and not batching.serves_axis_names:
-        raise ValueError(
-            f"`batching={type(batching).__name__}()` cannot serve an `fn` with a "
-            f"collective over a vmapped axis, here {sorted(map(str, names))}: take "
-            "`batching=equilax.Vmapped()`."
-        )
-    if names:
-        batching = Vmapped(frozenset(map(str, names)))
-    return batching, bool(found)
+        axes = axes | found[-1]

@@ -26,7 +26,6 @@ class Problem(eqx.Module):
     - `tags`: Lineax tags of the Jacobian of `y - fn(y, args)` with respect to `y`.
     - `max_steps`: The most steps to take.
     - `throw`: Whether a failed adjoint solve raises.
-    - `has_collectives`: Whether `fn` has any, those over the axes of a mesh included.
     - `is_batch`: Whether `y0` is a batch, along the first axis, that `fn` takes as one.
     """
 
@@ -40,7 +39,6 @@ class Problem(eqx.Module):
     tags: frozenset[object] = eqx.field(static=True)
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
-    has_collectives: bool = eqx.field(static=True)
     is_batch: bool = eqx.field(static=True)
 
 

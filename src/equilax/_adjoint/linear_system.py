@@ -15,7 +15,8 @@ from jaxtyping import Array, PyTree
 
 from .._dtype import at_least_single
 from .._linear import AbstractMatrixFreeSolver
-from .._misc import any_varying, struct, transposed, vary_over
+from .._mesh import any_varying, vary_over
+from .._misc import struct, transposed
 from .base import Problem
 from .matrix_free import matrix_free
 from .monitor import AdjointMonitor, as_vector
@@ -71,6 +72,7 @@ def checker(rule: Rule, problem: Problem) -> Callable[[Outcome], Array]:
         throw=problem.throw,
         on_failure=rule.on_failure,
         is_batch=problem.is_batch,
+        axis_name=problem.solver.axis_name,
     )
 
 

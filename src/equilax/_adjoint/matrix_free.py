@@ -6,9 +6,11 @@ from typing import cast
 
 import equinox as eqx
 import jax.numpy as jnp
+import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
+from .._custom_types import AxisName
 from .._dtype import rounding
 from .._linear import (
     AbstractMatrixFreeSolver,
@@ -19,8 +21,9 @@ from .._linear import (
     Preconditioned,
     solve_from,
 )
+from .._mesh import any_varying, vary_over
 from .._misc import per_sample
-from .._norm import divisor, max_norm
+from .._norm import divisor, max_norm, measured
 from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
 from .base import Problem
@@ -31,7 +34,7 @@ from .rule import Rule
 
 def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
     """The relative tolerance that the forward solve had at `y`."""
-    size = max_norm(y)
+    size = max_norm(y, solver.axis_name)
     absolute = jnp.asarray(solver.atol, size.dtype)
     relative = jnp.asarray(solver.rtol, size.dtype)
     # A solution near zero has few digits; a derivative there need not have as few.
@@ -53,24 +56,39 @@ def _of_coupled(linear_solver, problem: Problem) -> AbstractMatrixFreeSolver:
     return cast(AbstractMatrixFreeSolver, linear_solver)
 
 
+def _as_varying(constants, axes: frozenset[str]):
+    """What a linear solve depends on, varying over `axes` as its right-hand side does.
+
+    JAX (to 0.12) lets all constants of a `custom_linear_solve` vary so, but only after
+    their types have gone into the trace of what they are used in.
+    """
+    dynamic, static = eqx.partition(constants, eqx.is_array)
+    dynamic = jtu.tree_map(lambda x: vary_over(x, axes), dynamic)
+    return eqx.combine(dynamic, static)
+
+
 class _Verdict(eqx.Module):
     """Whether to trust a solution of one sample."""
 
     solver: AbstractMatrixFreeSolver
     eps: float
+    axis_name: AxisName
+
+    def size(self, x):
+        return measured(self.solver.norm, x, self.axis_name)
 
     def judge(self, value, result, residual, vector):
         """Whether it is usable, and its residual relative to the right-hand side."""
         is_usable = result == RESULTS.successful
         if not isinstance(self.solver, Neumann):  # Whose residual costs a product.
-            is_good = is_at_rounding(value, residual, vector, self.eps)
+            is_good = is_at_rounding(value, residual, vector, self.eps, self.axis_name)
             is_usable = is_usable | (is_good & (result == RESULTS.stagnation))
-        size = divisor(self.solver.norm(vector)).astype(residual.dtype)
+        size = divisor(self.size(vector)).astype(residual.dtype)
         return is_usable, residual / size
 
     def is_true(self, value, residual, left, vector):
         """Whether what is `left` of the right-hand side is the residual it claims."""
-        size = jnp.maximum(self.solver.norm(value), self.solver.norm(vector))
+        size = jnp.maximum(self.size(value), self.size(vector))
         return left <= 2 * residual + 64 * self.eps * size.astype(residual.dtype)
 
 
@@ -93,8 +111,8 @@ def matrix_free(
     solver = _of_coupled(rule.linear_solver, problem)
     is_truncated = isinstance(solver, Neumann)
     tolerance = each(ft.partial(_tolerance, problem.solver))(y)
-
-    verdict = _Verdict(solver, rounding(y))
+    solver, tolerance = _as_varying((solver, tolerance), any_varying(y))
+    verdict = _Verdict(solver, rounding(y), problem.solver.axis_name)
 
     product_for = None
     if rule.preconditioner is not None:
@@ -118,7 +136,7 @@ def matrix_free(
         unit = None
         if problem.batching.axis_names:
             unit = lax.pmax(
-                each(solver.norm)(vector), tuple(problem.batching.axis_names)
+                each(verdict.size)(vector), tuple(problem.batching.axis_names)
             )
         sol = solve_from(
             solver_for(vector),
@@ -129,13 +147,14 @@ def matrix_free(
             batching=problem.batching,
             is_batch=problem.is_batch,
             unit=unit,
+            axis_name=problem.solver.axis_name,
         )
         residual, result = sol.stats["residual"], sol.result
         is_usable, relative = each(verdict.judge)(sol.value, result, residual, vector)
-        if not is_truncated and (problem.is_batch or problem.has_collectives):
+        if not is_truncated and (problem.is_batch or problem.batching.axis_names):
             # Of systems that depend on each other each has been solved as if it did
             # not. Where it does, what is left of all of them tells.
-            left = each(solver.norm)(vector - mv(sol.value))
+            left = each(verdict.size)(vector - mv(sol.value))
             is_usable = is_usable & each(verdict.is_true)(
                 sol.value, residual, left, vector
             )

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree
 
+from .._custom_types import AxisName
 from .._failure import Kind, raise_if_failed
 from .._misc import per_sample, tree_allfinite
 from .._solution import RESULTS
@@ -71,7 +72,12 @@ def figures_of(outcome: Outcome, is_batch: bool) -> Float[Array, "4"]:
 
 
 def checked(
-    outcome: Outcome, *, throw: bool, on_failure: OnFailure, is_batch: bool
+    outcome: Outcome,
+    *,
+    throw: bool,
+    on_failure: OnFailure,
+    is_batch: bool,
+    axis_name: AxisName,
 ) -> PyTree[Array]:
     """The value of a solve; one that failed raises, or meets with its policy."""
     if throw:
@@ -88,7 +94,7 @@ def checked(
 
     def settle(value, is_usable):
         if on_failure is OnFailure.keep:
-            is_usable = is_usable | tree_allfinite(value)
+            is_usable = is_usable | tree_allfinite(value, axis_name)
         other = jnp.nan if on_failure is OnFailure.nan else 0.0
         return jtu.tree_map(lambda x: jnp.where(is_usable, x, other), value)
 

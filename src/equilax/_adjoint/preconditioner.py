@@ -79,8 +79,9 @@ class SharedInverse(AbstractPreconditioner):
         def is_sound(state, vector):
             # False where the product is not finite.
             growth = jnp.asarray(self.max_growth, jnp.float32)
-            product = two_norm(multiply(state, vector))
-            return product <= growth.astype(product.dtype) * two_norm(vector)
+            product = two_norm(multiply(state, vector), solver.axis_name)
+            size = two_norm(vector, solver.axis_name)
+            return product <= growth.astype(product.dtype) * size
 
         def choose(is_sound, state, vector):
             product = multiply(state, vector)

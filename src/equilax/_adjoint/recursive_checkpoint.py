@@ -3,7 +3,7 @@ import equinox.internal as eqxi
 import jax.numpy as jnp
 
 from .._check import check_integer
-from .._misc import any_varying
+from .._mesh import any_varying
 from .base import AbstractAdjoint
 
 

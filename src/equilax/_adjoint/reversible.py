@@ -161,11 +161,12 @@ def _cotangents(
             is_batch=problem.is_batch,
         )
 
+    axis_name = problem.solver.axis_name
     start = back(jnp.ones(way.num_steps.shape, bool))
     is_failed = ~(start.error <= rule.max_error)
     # A derivative outside of the domain of `fn`, with the cotangent zero.
     is_cause = start.is_outside | (start.is_lost & ~jnp.any(start.is_outside))
-    is_failed = is_failed | (is_cause & ~tree_allfinite(start.ct_params))
+    is_failed = is_failed | (is_cause & ~tree_allfinite(start.ct_params, axis_name))
     found = figures(start.num_steps, is_failed, start.error, problem.is_batch)
     start = _settle(rule, problem, start, is_failed, back)
     ct_y0 = start.ct_start
@@ -207,11 +208,12 @@ def _settle(
         )
         return start
 
+    axis_name = problem.solver.axis_name
     is_kept = rule.on_failure is OnFailure.keep
     other = jnp.nan if rule.on_failure is OnFailure.nan else 0.0
 
     def settle(tree, is_failed):
-        is_bad = is_failed & ~tree_allfinite(tree) if is_kept else is_failed
+        is_bad = is_failed & ~tree_allfinite(tree, axis_name) if is_kept else is_failed
         return jtu.tree_map(lambda x: jnp.where(is_bad, other, x), tree)
 
     # Of one that was lost on the way nothing has come as far as its start.
@@ -225,7 +227,7 @@ def _settle(
         # What the samples share is a sum, out of which none can be taken any more.
         is_needed = jnp.any(is_bad)
         if is_kept:
-            is_needed = is_needed & ~tree_allfinite(of_params)
+            is_needed = is_needed & ~tree_allfinite(of_params, axis_name)
         again = back(is_needed & ~is_bad)
         of_params = tree_where(is_needed, again.ct_params, of_params)
     start = eqx.tree_at(cts, start, of_y)

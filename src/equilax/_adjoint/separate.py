@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._misc import any_varying, vary_over, varying
+from .._mesh import any_varying, vary_over, varying
 
 
 def _variables(variables) -> list[Any]:

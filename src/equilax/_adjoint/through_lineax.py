@@ -8,7 +8,8 @@ import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
 from .._dtype import residual_dtype
-from .._misc import any_varying, struct
+from .._mesh import any_varying
+from .._misc import struct
 from .._norm import divisor, max_norm
 from .._solution import RESULTS
 from .base import Problem
@@ -60,6 +61,11 @@ def check_lineax(rule: Rule, rhs: PyTree[Array], problem: Problem):
         raise ValueError(
             f"`linear_solver={name}` would solve one system for the whole batch of an "
             f"`fn` with a `batch_axis`: {instead}"
+        )
+    if problem.solver.axis_name is not None:
+        raise ValueError(
+            f"`linear_solver={name}` needs the whole of `y` on each device, which is "
+            f"not so with `axis_name={problem.solver.axis_name!r}`: {instead}"
         )
     if problem.batching.axis_names:
         raise ValueError(

@@ -7,7 +7,8 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._misc import any_varying, transposed, vary_over, varying
+from .._mesh import any_varying, vary_over, varying
+from .._misc import transposed
 from .base import Problem
 from .linear_system import checker, System
 from .monitor import AdjointMonitor

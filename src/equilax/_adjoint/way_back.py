@@ -8,12 +8,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from jaxtyping import Array, Bool, Float, Int, PyTree
+from jaxtyping import Array, Bool, Float, Int, PyTree, Scalar
 
 from .._batching import AbstractBatching, Loop
 from .._dtype import at_least_single, real
 from .._misc import difference, per_sample, tree_allfinite, tree_where
-from .._norm import divisor
+from .._norm import divisor, measured
 from .._solver import Reversible, Way
 
 
@@ -75,6 +75,10 @@ def _add(a: PyTree[Array], b: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda x, y: x + y.astype(x.dtype), a, b)
 
 
+def _size(solver: Reversible, tree: PyTree[Array]) -> Scalar:
+    return measured(solver.norm, tree, solver.axis_name)
+
+
 def _is_live(now: _Undone) -> Bool[Array, "..."]:
     return (now.num_left > 0) & ~now.is_lost
 
@@ -83,7 +87,7 @@ def _seed(solver: Reversible, now: _Undone, f: PyTree[Array]) -> PyTree[Array]:
     """The cotangent of `f`, the image of `now.y`."""
     seed = _scaled(solver.beta, now.ct_new_y)
     zero = jtu.tree_map(jnp.zeros_like, seed)
-    seed = tree_where(_is_live(now) & tree_allfinite(f), seed, zero)
+    seed = tree_where(_is_live(now) & tree_allfinite(f, solver.axis_name), seed, zero)
     return jtu.tree_map(lambda s, f: s.astype(f.dtype), seed, f)
 
 
@@ -92,10 +96,10 @@ def _undo(
 ) -> _Undone:
     """One step of one problem, with the image `f` and what comes back through `fn`."""
     is_live = _is_live(now)
-    is_undone = is_live & tree_allfinite(f)
+    is_undone = is_live & tree_allfinite(f, solver.axis_name)
     old = solver.reverse(f, now.new_y)
     # Nothing is evaluated at the iterate before the start. Not a number is no less.
-    is_far = (now.num_left > 1) & ~(solver.norm(old) <= _RANGE * way.size)
+    is_far = (now.num_left > 1) & ~(_size(solver, old) <= _RANGE * way.size)
     is_lost = is_live & (~is_undone | is_far)
     is_moved = is_undone & (now.num_left > 1) & ~is_far
     # One that has ended is still evaluated in a batch: stay where that does no harm.
@@ -122,12 +126,12 @@ def _error(solver: Reversible, y0, y, way: Way, ct, end: _Undone) -> Float[Array
     whose product is at least one a step: what is lost is about what the last one loses.
     """
     dtype = way.size.dtype
-    distance = solver.norm(difference(y0, end.y)).astype(dtype)
+    distance = _size(solver, difference(y0, end.y)).astype(dtype)
     distance = jnp.where(end.is_lost, way.size, distance)
     distance = jnp.where(way.num_steps > 0, distance, 0)
-    drift = distance / divisor(solver.norm(y).astype(dtype))
-    left = jnp.maximum(solver.norm(end.ct_y), solver.norm(end.ct_new_y))
-    share = (left / divisor(solver.norm(ct))).astype(dtype)
+    drift = distance / divisor(_size(solver, y).astype(dtype))
+    left = jnp.maximum(_size(solver, end.ct_y), _size(solver, end.ct_new_y))
+    share = (left / divisor(_size(solver, ct))).astype(dtype)
     return drift * jnp.where(jnp.isfinite(share), share, 1)
 
 
@@ -173,7 +177,9 @@ def go_back(
         f, pull = jax.vjp(at, undone.y, moving)
         ct_y, ct = pull(each(ft.partial(_seed, solver))(undone, f))
         # Of no sample that has ended, and if all have, no change whatsoever.
-        is_any = jnp.any(_is_live(undone) & each(tree_allfinite)(f))
+        is_any = jnp.any(
+            _is_live(undone) & each(lambda f: tree_allfinite(f, solver.axis_name))(f)
+        )
         ct_params = tree_where(is_any, _add(ct_params, ct), ct_params)
         return each(ft.partial(_undo, solver))(way, undone, f, ct_y), ct_params
 

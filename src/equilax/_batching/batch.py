@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from .._custom_types import IntScalar
-from .._misc import any_varying, vary_over
+from .._mesh import any_varying, vary_over
 from .layout import Layout, put, take
 from .loop import Carry, Inputs, Loop, while_loop
 

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._custom_types import BoolScalar
-from .._misc import any_varying, vary_over
+from .._mesh import any_varying, vary_over
 from .lockstep import Lockstep
 from .loop import Loop
 

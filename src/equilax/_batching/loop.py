@@ -8,7 +8,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, PyTree
 
 from .._custom_types import BoolScalar, IntScalar
-from .._misc import any_varying, hoist, Hoisted, vary_over, varying
+from .._mesh import any_varying, vary_over, varying
+from .._misc import hoist, Hoisted
 
 
 Carry = PyTree[ArrayLike]

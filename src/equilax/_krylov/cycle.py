@@ -5,7 +5,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Scalar
 
-from .._custom_types import BoolScalar, IntScalar
+from .._custom_types import AxisName, BoolScalar, IntScalar
+from .._mesh import total
 from .._norm import two_norm
 
 
@@ -26,9 +27,11 @@ class Cycle(eqx.Module):
     is_live: BoolScalar
 
 
-def start(restart: int, vector: Float[Array, " n"], tolerance: Scalar) -> Cycle:
+def start(
+    restart: int, axis_name: AxisName, vector: Float[Array, " n"], tolerance: Scalar
+) -> Cycle:
     dtype = vector.dtype
-    norm = two_norm(vector).astype(dtype)
+    norm = two_norm(vector, axis_name).astype(dtype)
     basis = jnp.zeros((restart + 1, vector.size), dtype).at[0].set(vector)
     zero = jnp.zeros((), jnp.int32)
     return Cycle(
@@ -74,17 +77,17 @@ def moved(now: Cycle) -> Float[Array, " n"]:
     return now.x + jnp.matmul(found, now.basis, precision=exact)
 
 
-def orthogonalise(basis, column, product):
+def orthogonalise(basis, column, product, axis_name: AxisName):
     """Against the first `column + 1` vectors, by Gram and Schmidt, twice."""
     is_older = jnp.arange(basis.shape[0], dtype=column.dtype) <= column
     exact = lax.Precision.HIGHEST
-    total = jnp.zeros(basis.shape[0], basis.dtype)
+    entries = jnp.zeros(basis.shape[0], basis.dtype)
     for _ in range(2):
-        overlap = jnp.matmul(basis, product, precision=exact)
+        overlap = total(jnp.matmul(basis, product, precision=exact), axis_name)
         overlap = jnp.where(is_older, overlap, 0)
         product = product - jnp.matmul(overlap, basis, precision=exact)
-        total = total + overlap
-    return product, total
+        entries = entries + overlap
+    return product, entries
 
 
 def rotate(now: Cycle, column: IntScalar, entries, norm):

@@ -9,9 +9,10 @@ from jax import lax
 from jaxtyping import Array, Float, Scalar
 
 from .._batching import AbstractBatching, Loop
-from .._custom_types import BoolScalar, IntScalar
+from .._custom_types import AxisName, BoolScalar, IntScalar
 from .._dtype import at_least_single
-from .._misc import any_varying, hoist, per_sample, tree_where, vary_over
+from .._mesh import any_varying, num_parts, vary_over
+from .._misc import hoist, per_sample, tree_where
 from .._norm import divisor, two_norm
 from .cycle import Cycle, moved, orthogonalise, rotate, start
 
@@ -36,7 +37,13 @@ class Krylov(eqx.Module):
 
 
 def _advance(
-    max_steps: int, tolerance: Scalar, passes: IntScalar, now: Cycle, vector, product
+    max_steps: int,
+    axis_name: AxisName,
+    tolerance: Scalar,
+    passes: IntScalar,
+    now: Cycle,
+    vector,
+    product,
 ) -> Cycle:
     """One pass: a vector more in the basis, or the residual with which it begins anew.
 
@@ -47,9 +54,9 @@ def _advance(
     size = now.triangle.shape[0]
     column = passes % (size + 1)
     is_new_cycle = column == size
-    fresh, entries = orthogonalise(now.basis, column, product)
+    fresh, entries = orthogonalise(now.basis, column, product, axis_name)
     fresh = jnp.where(is_new_cycle, vector - product, fresh)
-    norm = two_norm(fresh).astype(fresh.dtype)
+    norm = two_norm(fresh, axis_name).astype(fresh.dtype)
     row = fresh / jnp.where(norm == 0, 1, norm)
     slot = (column + 1) % (size + 1)
     old_row = lax.dynamic_index_in_dim(now.basis, slot, 0, keepdims=False)
@@ -112,6 +119,7 @@ def gmres(
     max_steps: int,
     batching: AbstractBatching,
     is_batch: bool = False,
+    axis_name: AxisName = None,
 ) -> Krylov:
     r"""Solve `mv(x) = vector` by restarted GMRES (Saad and Schultz 1986, algorithm 4).
 
@@ -124,24 +132,25 @@ def gmres(
     - `max_steps`: The most products.
     - `batching`: How the solve runs under `jax.vmap`.
     - `is_batch`: Whether `vector` and `tolerance` are batches that `mv` takes as one.
+    - `axis_name`: The mesh axes along which `vector` is split.
 
     Cost: a product a step, `4 * restart` passes through `vector`. Memory: `restart + 3`
-    times `vector`.
+    times `vector`. Along an `axis_name` three all-reduces a step.
     """
     each = per_sample(is_batch)
     dtype = at_least_single(vector.dtype)
-    unit = each(lambda v: divisor(two_norm(v)))(vector).astype(dtype)
+    unit = each(lambda v: divisor(two_norm(v, axis_name)))(vector).astype(dtype)
     scale = unit[..., None] if is_batch else unit
     vector_dtype = vector.dtype
     scaled = vector.astype(dtype) / scale
     inputs, static = eqx.partition(
         (hoist(mv, vector), scaled, tolerance.astype(dtype)), eqx.is_array
     )
-    size = max(1, min(restart, vector.shape[-1]))
+    size = max(1, min(restart, num_parts(axis_name) * vector.shape[-1]))
 
     def init(inputs):
         _, vector, tolerance = eqx.combine(inputs, static)
-        return each(ft.partial(start, size))(vector, tolerance)
+        return each(ft.partial(start, size, axis_name))(vector, tolerance)
 
     def body(passes, now, inputs):
         mv, vector, tolerance = eqx.combine(inputs, static)
@@ -153,12 +162,14 @@ def gmres(
             return jnp.where(column == size, now.x, row)
 
         product = mv(each(choose)(now).astype(vector_dtype)).astype(dtype)
-        advance = lambda now, v, p, t: _advance(max_steps, t, passes, now, v, p)
+        advance = lambda now, v, p, t: _advance(
+            max_steps, axis_name, t, passes, now, v, p
+        )
         return each(advance)(now, vector, product, tolerance)
 
     loop = Loop(init, body, lambda now: jnp.any(now.is_live))
     end = batching.solve(loop, inputs)
     x = each(moved)(end)
     residual = scaled - mv(x.astype(vector_dtype)).astype(dtype)
-    norm = each(two_norm)(residual)
+    norm = each(lambda v: two_norm(v, axis_name))(residual)
     return Krylov(x * scale, norm * unit.astype(norm.dtype), end.num_steps)

@@ -10,10 +10,10 @@ import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
 from .._batching import AbstractBatching, Staged
-from .._custom_types import BoolScalar, Norm
+from .._custom_types import AxisName, BoolScalar, Norm
 from .._dtype import rounding
 from .._misc import per_sample, tree_where
-from .._norm import max_norm
+from .._norm import max_norm, measured
 from .._solution import RESULTS, Solution
 
 
@@ -25,16 +25,21 @@ _STOPPED_SHORT = 1e-3
 
 
 def is_at_rounding(
-    value: PyTree[Array], residual: Scalar, vector: PyTree[Array], eps: float
+    value: PyTree[Array],
+    residual: Scalar,
+    vector: PyTree[Array],
+    eps: float,
+    axis_name: AxisName,
 ) -> BoolScalar:
     """Whether a solution of `vector` with this `residual` cannot be bettered.
 
     **Arguments:**
 
     - `eps`: The relative rounding of the products.
+    - `axis_name`: The mesh axes along which `value` and `vector` are split.
     """
-    size = max_norm(vector) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
-    floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value), size)
+    size = max_norm(vector, axis_name) * max(_STOPPED_SHORT, _ROUNDING_UNITS / 2 * eps)
+    floor = jnp.minimum(_ROUNDING_UNITS * eps * max_norm(value, axis_name), size)
     return residual <= floor.astype(residual.dtype)
 
 
@@ -71,6 +76,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         batching: AbstractBatching,
         is_batch: bool = False,
         unit: Array | None = None,
+        axis_name: AxisName = None,
     ) -> Solution:
         """Solve `mv(x) = vector`.
 
@@ -84,6 +90,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         - `is_batch`: Whether `vector` is a batch, along the first axis, that `mv` takes
             as one. `tolerance`, the result and the statistics are then a sample's each.
         - `unit`: What tolerances are relative to, in `norm`: `None` is `vector`.
+        - `axis_name`: The mesh axes along which `vector` is split.
         """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
@@ -155,7 +162,17 @@ class Preconditioned(AbstractMatrixFreeSolver):
     def norm(self):
         return self.solver.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+    def solve(
+        self,
+        mv,
+        vector,
+        *,
+        tolerance,
+        batching,
+        is_batch=False,
+        unit=None,
+        axis_name=None,
+    ):
         sol = self.solver.solve(
             lambda w: mv(self.product(w)),
             vector,
@@ -163,6 +180,7 @@ class Preconditioned(AbstractMatrixFreeSolver):
             batching=batching,
             is_batch=is_batch,
             unit=unit,
+            axis_name=axis_name,
         )
         return dataclasses.replace(sol, value=self.product(sol.value))
 
@@ -177,18 +195,24 @@ def solve_from(
     batching: AbstractBatching,
     is_batch: bool = False,
     unit: Array | None = None,
+    axis_name: AxisName = None,
 ) -> Solution:
     """Solve `mv(x) = vector` from a first guess, unless zero is nearer.
 
     The other arguments are those of `solver.solve`. Cost: a product more.
     """
     solve = ft.partial(
-        solver.solve, mv, tolerance=tolerance, batching=batching, is_batch=is_batch
+        solver.solve,
+        mv,
+        tolerance=tolerance,
+        batching=batching,
+        is_batch=is_batch,
+        axis_name=axis_name,
     )
     if guess is None:
         return solve(vector, unit=unit)
     residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
-    begin = per_sample(is_batch)(ft.partial(_begin, solver.norm))
+    begin = per_sample(is_batch)(ft.partial(_begin, solver.norm, axis_name))
     start, rhs, size = begin(vector, guess, residual)
     sol = solve(rhs, unit=size if unit is None else unit)
     stats = {**sol.stats, "num_fn_evals": sol.stats["num_fn_evals"] + 1}
@@ -197,10 +221,14 @@ def solve_from(
 
 
 def _begin(
-    norm: Norm, vector: PyTree[Array], guess: PyTree[Array], residual: PyTree[Array]
+    norm: Norm,
+    axis_name: AxisName,
+    vector: PyTree[Array],
+    guess: PyTree[Array],
+    residual: PyTree[Array],
 ) -> tuple[PyTree[Array], PyTree[Array], Scalar]:
     """The start, the right-hand side from there, and the size of that from zero."""
-    size, left = norm(vector), norm(residual)
+    size, left = (measured(norm, x, axis_name) for x in (vector, residual))
     # False for a guess that is not finite.
     is_nearer = left < size
     zero = jtu.tree_map(jnp.zeros_like, guess)

@@ -7,10 +7,10 @@ from jaxtyping import Array, PyTree
 
 from .._batching import AbstractBatching, if_wanted, Lockstep
 from .._check import check_instance
-from .._custom_types import BoolScalar, Norm
+from .._custom_types import AxisName, BoolScalar, Norm
 from .._dtype import rounding
 from .._misc import hoist, Hoisted, per_sample, tree_where
-from .._norm import divisor
+from .._norm import divisor, measured
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver, is_at_rounding
 from .fixed_point import FixedPointLinearSolver
@@ -45,7 +45,17 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return self.first.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+    def solve(
+        self,
+        mv,
+        vector,
+        *,
+        tolerance,
+        batching,
+        is_batch=False,
+        unit=None,
+        axis_name=None,
+    ):
         each = per_sample(is_batch)
         mv = hoist(mv, vector)
         found = self.first.solve(
@@ -55,11 +65,14 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
             batching=batching,
             is_batch=is_batch,
             unit=unit,
+            axis_name=axis_name,
         )
         residual = found.stats["residual"]
 
         def is_failed(value, result, residual, vector):
-            is_good = is_at_rounding(value, residual, vector, rounding(vector))
+            is_good = is_at_rounding(
+                value, residual, vector, rounding(vector), axis_name
+            )
             is_good = is_good & (result == RESULTS.stagnation)
             return ~is_good & (result != RESULTS.successful)
 
@@ -74,14 +87,14 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
 
         # A loop of ours would not know the name of an axis that is vmapped.
         is_plain = batching.serves_axis_names
-        again = _Again(batching if is_plain else Lockstep(), is_batch)
+        again = _Again(batching if is_plain else Lockstep(), is_batch, axis_name)
         tolerance = jnp.broadcast_to(
             jnp.asarray(tolerance, residual.dtype), residual.shape
         )
-        second_unit = each(self.second.norm)(vector)
+        second_unit = each(lambda v: measured(self.second.norm, v, axis_name))(vector)
         if unit is not None:
             # As many times the vector in its norm as in that of the first.
-            size = each(lambda v: divisor(self.norm(v)))(vector)
+            size = each(lambda v: divisor(measured(self.norm, v, axis_name)))(vector)
             second_unit = second_unit * (unit / size)
         operand = _Operand(
             self.second, mv, vector, tolerance, second_unit, failed, old, self.norm
@@ -138,6 +151,7 @@ class _Again(eqx.Module):
 
     batching: AbstractBatching
     is_batch: bool
+    axis_name: AxisName = eqx.field(static=True)
 
     def __call__(self, given: _Operand) -> _Ending:
         mv, vector, failed, old = given.mv, given.vector, given.failed, given.old
@@ -154,8 +168,10 @@ class _Again(eqx.Module):
             batching=self.batching,
             is_batch=self.is_batch,
             unit=given.unit,
+            axis_name=self.axis_name,
         )
-        residual = each(given.norm)(jtu.tree_map(jnp.subtract, vector, mv(found.value)))
+        left = jtu.tree_map(jnp.subtract, vector, mv(found.value))
+        residual = each(lambda x: measured(given.norm, x, self.axis_name))(left)
         new = _Ending(
             found.value,
             found.result,

@@ -1,3 +1,4 @@
+import functools as ft
 from typing import cast
 
 import equinox as eqx
@@ -6,6 +7,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from .._check import check_instance, check_integer
+from .._custom_types import AxisName
 from .._dtype import real, rounding
 from .._misc import hoist, per_sample
 from .._norm import divisor, max_norm
@@ -31,13 +33,15 @@ def _multiply(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
     )
 
 
-def _outcome(result: RESULTS, value: PyTree[Array], size: Scalar) -> RESULTS:
+def _outcome(
+    axis_name: AxisName, result: RESULTS, value: PyTree[Array], size: Scalar
+) -> RESULTS:
     """Singular, where a solution is so large that a vector of `size` is lost beside it.
 
     Its residual is then one of rounding errors alone: that of a singular system can be
     zero.
     """
-    is_lost = 2 * rounding(value) * max_norm(value) > size
+    is_lost = 2 * rounding(value) * max_norm(value, axis_name) > size
     is_lost = is_lost & (result == RESULTS.successful)
     return RESULTS.where(is_lost, cast(RESULTS, RESULTS.singular), result)
 
@@ -73,16 +77,29 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm if self.solver is None else self.solver.norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+    def solve(
+        self,
+        mv,
+        vector,
+        *,
+        tolerance,
+        batching,
+        is_batch=False,
+        unit=None,
+        axis_name=None,
+    ):
         each = per_sample(is_batch)
         has_own_unit = unit is None
-        unit = each(max_norm)(vector) if has_own_unit else unit
+        largest = each(ft.partial(max_norm, axis_name=axis_name))
+        unit = largest(vector) if has_own_unit else unit
         unit = each(divisor)(unit)
         solver = self.solver
         if solver is None:
             # A solver has one tolerance: that of the strictest sample.
             atol = jnp.min(jnp.asarray(tolerance), initial=1.0)
             solver = Anderson(rtol=0.0, atol=atol)
+        if axis_name is not None:
+            solver = solver.split_along(axis_name)
         scaled = each(_divide)(vector, unit)
         end = iterate(
             _richardson,
@@ -98,8 +115,8 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         value, residual, stats = each(solver.postprocess)(
             end.y, end.residual, is_good, end.state
         )
-        size = each(max_norm)(scaled) if has_own_unit else jnp.ones_like(unit)
-        result = each(_outcome)(end.result, value, size)
+        size = largest(scaled) if has_own_unit else jnp.ones_like(unit)
+        result = each(ft.partial(_outcome, axis_name))(end.result, value, size)
         stats = {
             "num_steps": end.num_steps,
             "num_fn_evals": end.num_fn_evals,

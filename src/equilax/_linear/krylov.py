@@ -8,7 +8,7 @@ from .._custom_types import RealScalarLike
 from .._dtype import residual_dtype
 from .._krylov import gmres
 from .._misc import per_sample, struct
-from .._norm import divisor, two_norm
+from .._norm import divisor, num_elements, two_norm
 from .._ravel import raveller
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
@@ -57,7 +57,17 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return two_norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+    def solve(
+        self,
+        mv,
+        vector,
+        *,
+        tolerance,
+        batching,
+        is_batch=False,
+        unit=None,
+        axis_name=None,
+    ):
         each = per_sample(is_batch)
         sample = struct(vector)
         if is_batch:
@@ -67,12 +77,13 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
         flat = ravel(vector)
         restart = self.restart
         if restart is None:
-            restart = _RESTART if flat.shape[-1] <= _LARGE else _RESTART_LARGE
+            is_large = num_elements(sample, axis_name) > _LARGE
+            restart = _RESTART_LARGE if is_large else _RESTART
         rtol = tolerance if self.rtol is None else self.rtol
         dtype = residual_dtype(vector)
         limit = jnp.asarray(rtol, dtype) + jnp.asarray(self.atol, dtype)
         limit = jnp.broadcast_to(limit, flat.shape[:-1])
-        size = each(two_norm)(flat).astype(dtype)
+        size = each(lambda v: two_norm(v, axis_name))(flat).astype(dtype)
         if unit is not None:
             limit = limit * (unit.astype(dtype) / each(divisor)(size))
         end = gmres(
@@ -83,6 +94,7 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
             max_steps=self.max_steps,
             batching=batching,
             is_batch=is_batch,
+            axis_name=axis_name,
         )
         allowed = _SLACK * limit * size
 

@@ -1,3 +1,5 @@
+import functools as ft
+
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
@@ -6,16 +8,18 @@ from jaxtyping import Array, PyTree
 
 from .._batching import while_loop
 from .._check import check_fraction, check_integer
-from .._custom_types import RealScalarLike
+from .._custom_types import AxisName, RealScalarLike
 from .._dtype import real
-from .._misc import any_varying, hoist, per_sample, tree_allfinite
+from .._mesh import any_varying
+from .._misc import hoist, per_sample, tree_allfinite
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
 
 
-def _outcome(u: PyTree[Array]) -> RESULTS:
-    return RESULTS.where(tree_allfinite(u), RESULTS.successful, RESULTS.nonfinite)
+def _outcome(axis_name: AxisName, u: PyTree[Array]) -> RESULTS:
+    is_finite = tree_allfinite(u, axis_name)
+    return RESULTS.where(is_finite, RESULTS.successful, RESULTS.nonfinite)
 
 
 class Neumann(AbstractMatrixFreeSolver):
@@ -52,7 +56,17 @@ class Neumann(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm
 
-    def solve(self, mv, vector, *, tolerance, batching, is_batch=False, unit=None):
+    def solve(
+        self,
+        mv,
+        vector,
+        *,
+        tolerance,
+        batching,
+        is_batch=False,
+        unit=None,
+        axis_name=None,
+    ):
         del tolerance, batching, unit
         each = per_sample(is_batch)
         mv = hoist(mv, vector)
@@ -76,7 +90,9 @@ class Neumann(AbstractMatrixFreeSolver):
             may_vary=any_varying(mv, vector),
         )
         # Gone from the compiled program where nobody asks for it.
-        residual = each(max_norm)(jtu.tree_map(jnp.subtract, vector, mv(u)))
+        residual = each(ft.partial(max_norm, axis_name=axis_name))(
+            jtu.tree_map(jnp.subtract, vector, mv(u))
+        )
         num = jnp.zeros(residual.shape, jnp.int32) + jnp.int32(self.num_terms)
         stats = {
             "num_steps": num,
@@ -84,7 +100,7 @@ class Neumann(AbstractMatrixFreeSolver):
             "max_steps": self.num_terms,
             "residual": lax.stop_gradient(residual),
         }
-        return Solution(u, each(_outcome)(u), None, stats, None)
+        return Solution(u, each(ft.partial(_outcome, axis_name))(u), None, stats, None)
 
 
 Neumann.__init__.__doc__ = """**Arguments:**

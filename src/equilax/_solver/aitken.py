@@ -1,8 +1,8 @@
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._custom_types import AxisName, Norm, RealScalarLike, Y
 from .._dtype import at_least_single
 from .._misc import tree_allfinite, tree_where
 from .._norm import max_norm
@@ -29,9 +29,7 @@ class Aitken(AbstractFixedPointSolver[Y, None]):
     rtol: RealScalarLike
     atol: RealScalarLike
     norm: Norm = max_norm
-
-    def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def init(self, y, *, max_steps, state=None):
         del y, max_steps, state
@@ -39,7 +37,7 @@ class Aitken(AbstractFixedPointSolver[Y, None]):
 
     def step(self, fn, at, args, state):
         second = fn(at.f, args)
-        second = tree_where(tree_allfinite(second), second, at.f)
+        second = tree_where(tree_allfinite(second, self.axis_name), second, at.f)
 
         def extrapolate(y, first, last):
             dtype = at_least_single(y.dtype)
@@ -63,4 +61,6 @@ Aitken.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, dimensionless. May be a traced scalar.
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

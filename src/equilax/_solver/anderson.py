@@ -11,9 +11,8 @@ from .._check import (
     check_fraction,
     check_integer,
     check_nonnegative,
-    check_tolerances,
 )
-from .._custom_types import IntScalar, Norm, RealScalarLike, Y
+from .._custom_types import AxisName, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm
@@ -88,9 +87,9 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
     damp: RealScalarLike = 0.0
     ridge: RealScalarLike = 1e-10
     safeguard: RealScalarLike = 2.0
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
         check_integer("history_length", self.history_length, 1)
         check_nonnegative("ridge", self.ridge)
@@ -186,7 +185,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         )
         d_image = jtu.tree_map(change, at.f, state.last_image, state.d_images)
         d_residuals = ring.write(state.d_residuals, slot, d_residual, is_new)
-        row = ring.products(d_residuals, d_residual, dtype)
+        row = ring.products(d_residuals, d_residual, dtype, self.axis_name)
         # A mask, where indexing would be a scatter, which no compiler fuses.
         is_slot = is_new & (jnp.arange(m, dtype=slot.dtype) == slot)
         gram = jnp.where(is_slot[None, :], row[:, None], state.gram)
@@ -203,7 +202,9 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
 
     def _weights(self, at, residual, state: _AndersonState) -> Float[Array, " m"]:
         gram, m = state.gram, self.history_length
-        products = ring.products(state.d_residuals, residual, gram.dtype)
+        products = ring.products(
+            state.d_residuals, residual, gram.dtype, self.axis_name
+        )
         lengths = jnp.diagonal(gram)
         is_used = ring.ages(m, (at.num_steps - 1) % m) < state.num_used
         is_used = is_used & (lengths > 0)
@@ -230,4 +231,6 @@ Anderson.__init__.__doc__ = """**Arguments:**
 - `ridge`: The regularisation, relative to the scale of the residuals; dimensionless.
 - `safeguard`: The factor by which an extrapolated step may raise the residual, at least
     one; infinity takes no step back.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._check import check_at_least, check_fraction, check_integer, check_tolerances
-from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._check import check_at_least, check_fraction, check_integer
+from .._custom_types import AxisName, BoolScalar, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_allfinite, tree_where
 from .._norm import max_norm
@@ -78,9 +78,9 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
     regularisation: RealScalarLike = 0.01
     independence: RealScalarLike = 1e-3
     safeguard: RealScalarLike = 10.0
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_integer("history_length", self.history_length, 1)
         check_fraction("damp", self.damp)
         check_fraction("regularisation", self.regularisation)
@@ -118,7 +118,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         is_rejected = at.is_trial & ~(at.residual <= limit)
         memory, is_new, is_restart = self._remember(at, residual, state)
         is_used = low_rank.used(memory, at.num_steps - 1)
-        overlaps = ring.products(memory.steps, residual, dtype)
+        overlaps = ring.products(memory.steps, residual, dtype, self.axis_name)
         weights = low_rank.multiply(memory.inverse, jnp.where(is_used, overlaps, 0))
         is_degenerate = ~(jnp.max(jnp.abs(weights)) <= _LARGEST * at.residual)
         is_degenerate = is_degenerate & ~is_rejected
@@ -166,16 +166,17 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         is_new = at.is_live & (at.num_steps > 0)
         is_used = low_rank.used(old, at.num_steps - 2)
         step = difference(state.last_y, at.y)
-        step, size, is_good = ring.normalised(step, dtype)
+        step, size, is_good = ring.normalised(step, dtype, self.axis_name)
         change = jtu.tree_map(jnp.subtract, state.last_residual, residual)
         change = ring.scaled(change, 1 / jnp.where(is_good, size, 1))
         # A plain step goes along a residual, which the steps before it span: nothing is
         # new but rounding, or what a kink adds.
         is_good = is_good & at.is_finite & (at.is_trial | ~jnp.any(is_used))
 
-        overlaps = jnp.where(is_used, ring.products(old.steps, step, dtype), 0)
+        overlaps = ring.products(old.steps, step, dtype, self.axis_name)
+        overlaps = jnp.where(is_used, overlaps, 0)
         shares = overlaps / jnp.where(is_used, old.squares, 1)
-        whole = ring.inner(step, step, dtype)
+        whole = ring.inner(step, step, dtype, self.axis_name)
         # By Pythagoras. What cancellation leaves of it is little as well.
         new_part = whole - jnp.sum(shares * overlaps)
         least = jnp.asarray(self.independence, dtype) ** 2 * whole
@@ -187,7 +188,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         minus = lambda x, rows: x - ring.combine(shares, rows).astype(x.dtype)
         row = jtu.tree_map(minus, step, old.steps)
         expected = jtu.tree_map(minus, step, old.changes)  # B s.
-        row, unit, is_normal = ring.normalised(row, dtype)
+        row, unit, is_normal = ring.normalised(row, dtype, self.axis_name)
         surprise = jtu.tree_map(jnp.subtract, change, expected)
         surprise = ring.scaled(surprise, 1 / jnp.where(is_normal, unit, 1))
 
@@ -197,11 +198,11 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
         kept = dataclasses.replace(old, inverse=kept)
         least = jnp.asarray(self.regularisation, dtype)
         theta, square, inverse = low_rank.append(
-            kept, is_used, is_slot, row, surprise, least
+            kept, is_used, is_slot, row, surprise, least, self.axis_name
         )
         lost = ring.scaled(surprise, -theta)
         lost = jtu.tree_map(lambda x, like: x.astype(like.dtype), lost, old.changes)
-        is_good = is_good & is_normal & tree_allfinite((lost, inverse))
+        is_good = is_good & is_normal & tree_allfinite((lost, inverse), self.axis_name)
         clear = lambda tree: jtu.tree_map(lambda x: jnp.where(is_good, x, 0), tree)
         new = (
             jnp.where(is_slot, clear(square), old.squares),
@@ -232,4 +233,6 @@ AndersonTypeI.__init__.__doc__ = """**Arguments:**
     in [0, 1); the memory starts anew where it is not.
 - `safeguard`: The factor by which an accelerated step may raise the residual, at least
     one; infinity takes no step back.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -3,14 +3,13 @@ import math
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array
 
-from .._check import check_integer, check_tolerances
-from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._check import check_integer
+from .._custom_types import AxisName, BoolScalar, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import residual_dtype
 from .._misc import difference, tree_where
-from .._norm import max_norm, two_norm
+from .._norm import max_norm, num_elements, two_norm
 from . import descent, phase
 from .anderson import _AndersonState, Anderson
 from .base import AbstractFixedPointSolver, Step
@@ -72,16 +71,23 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
     norm: Norm = max_norm
     history_length: int = eqx.field(static=True, default=10)
     restart: int = eqx.field(static=True, default=30)
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_integer("history_length", self.history_length, 1)
         check_integer("restart", self.restart, 1)
 
     def _methods(self) -> tuple[Anderson, NewtonKrylov]:
         shared = (self.rtol, self.atol, self.norm)
-        anderson = Anderson(*shared, history_length=self.history_length)
-        newton = NewtonKrylov(*shared, restart=self.restart, max_forcing=_FORCING)
+        anderson = Anderson(
+            *shared, history_length=self.history_length, axis_name=self.axis_name
+        )
+        newton = NewtonKrylov(
+            *shared,
+            restart=self.restart,
+            max_forcing=_FORCING,
+            axis_name=self.axis_name,
+        )
         return anderson, newton
 
     def init(self, y, *, max_steps, state=None):
@@ -110,10 +116,11 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
             args,
             state.anderson,
         )
-        size = two_norm(difference(at.y, at.f)).astype(at.residual.dtype)
+        size = two_norm(difference(at.y, at.f), self.axis_name)
+        size = size.astype(at.residual.dtype)
         inner = dataclasses.replace(at, is_trial=state.is_trial & is_newton)
         is_refused = descent.is_taken_back(
-            newton.line_search, inner, size, state.newton.descent
+            newton.line_search, inner, size, state.newton.descent, self.axis_name
         )
         is_refused = is_refused | _was_rejected(state.anderson, first.state)
         new = phase.advance(
@@ -151,7 +158,7 @@ class Auto(AbstractFixedPointSolver[Y, _AutoState]):
 
     def _windows(self, y: Y) -> Array:
         """After how many steps each method is measured."""
-        size = sum(x.size for x in jtu.tree_leaves(y))
+        size = num_elements(y, self.axis_name)
         # With room for all unknowns Anderson's ends by itself, if `fn` is linear.
         is_small = size <= self.history_length
         longest = max(_WINDOW, size + 1) if is_small else _WINDOW
@@ -173,4 +180,6 @@ Auto.__init__.__doc__ = """**Arguments:**
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `history_length`: The differences that Anderson's method keeps, at least 1.
 - `restart`: The vectors that GMRES keeps, at least 1.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree
 
-from .._check import check_integer, check_tolerances
-from .._custom_types import IntScalar, Norm, RealScalarLike, Y
+from .._check import check_integer
+from .._custom_types import AxisName, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, residual_dtype
 from .._misc import difference, tree_allfinite, tree_where
 from .._norm import max_norm
@@ -61,9 +61,9 @@ class BadBroyden(AbstractInverseEstimate[Y, _BadBroydenState]):
     atol: RealScalarLike
     norm: Norm = max_norm
     history_length: int = eqx.field(static=True, default=10)
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_integer("history_length", self.history_length, 1)
 
     def init(self, y, *, max_steps, state=None):
@@ -89,23 +89,27 @@ class BadBroyden(AbstractInverseEstimate[Y, _BadBroydenState]):
         del fn, args
         m, dtype = self.history_length, state.gains.dtype
         residual = difference(at.y, at.f)
-        applied = _apply(state, state.changes, state.additions, residual)
+        applied = _apply(
+            state, state.changes, state.additions, residual, self.axis_name
+        )
         change = jtu.tree_map(jnp.subtract, residual, state.last_residual)
-        row, size, is_normal = ring.normalised(change, dtype)
-        column, length, _ = ring.normalised(applied, dtype)
-        square = ring.inner(row, row, dtype)
+        row, size, is_normal = ring.normalised(change, dtype, self.axis_name)
+        column, length, _ = ring.normalised(applied, dtype, self.axis_name)
+        square = ring.inner(row, row, dtype, self.axis_name)
         floor = _ROUNDING_UNITS * float(jnp.finfo(dtype).eps)
-        has_changed = is_normal & (size > floor * max_norm(residual).astype(dtype))
+        least = floor * max_norm(residual, self.axis_name).astype(dtype)
+        has_changed = is_normal & (size > least)
         denominator = jnp.where(has_changed, size * square, 1)
         gain = length / denominator
-        along = ring.inner(row, residual, dtype) / denominator
+        along = ring.inner(row, residual, dtype, self.axis_name) / denominator
 
         has_step = at.num_steps > 0
         is_secant = has_step & has_changed & (state.num_used < m)
         is_secant = is_secant & jnp.isfinite(gain)
         factor = jnp.where(is_secant, 1 - along, 1)
         direction = ring.scaled(applied, factor)
-        is_restart = (has_step & ~is_secant) | ~tree_allfinite(direction)
+        is_lost = ~tree_allfinite(direction, self.axis_name)
+        is_restart = (has_step & ~is_secant) | is_lost
         direction = tree_where(is_restart, residual, direction)
         add = lambda y, d: (y.astype(d.dtype) + d).astype(y.dtype)
         new_y = jtu.tree_map(add, at.y, direction)
@@ -134,7 +138,7 @@ class BadBroyden(AbstractInverseEstimate[Y, _BadBroydenState]):
         wide = lambda x: x.astype(at_least_single(x.dtype))
         rings = (state.changes, state.additions)
         left, right = rings[::-1] if transpose else rings
-        product = _apply(state, left, right, jtu.tree_map(wide, vector))
+        product = _apply(state, left, right, jtu.tree_map(wide, vector), self.axis_name)
         return jtu.tree_map(jnp.negative, product)
 
     def postprocess(self, y, residual, is_successful, state):
@@ -147,12 +151,13 @@ def _apply(
     left: PyTree[Array],
     right: PyTree[Array],
     vector: PyTree[Array],
+    axis_name: AxisName,
 ) -> PyTree[Array]:
     """The negative of the inverse, or of its transpose, times `vector`."""
     m = state.gains.shape[0]
     is_used = ring.ages(m, state.next_slot - 1) < state.num_used
     weights = jnp.where(is_used, state.gains, 0)
-    weights = weights * ring.products(left, vector, weights.dtype)
+    weights = weights * ring.products(left, vector, weights.dtype, axis_name)
     minus = lambda x, rows: x - ring.combine(weights, rows).astype(x.dtype)
     return jtu.tree_map(minus, vector, right)
 
@@ -163,4 +168,6 @@ BadBroyden.__init__.__doc__ = """**Arguments:**
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `history_length`: The number of updates between two new starts, at least 1.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -1,4 +1,5 @@
 import abc
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Generic
 
@@ -6,8 +7,10 @@ import equinox as eqx
 from equinox import AbstractVar
 from jaxtyping import PyTree, Scalar
 
+from .._check import check_axis_name, check_norm, check_tolerances
 from .._custom_types import (
     Args,
+    AxisName,
     BoolScalar,
     IntScalar,
     Norm,
@@ -82,6 +85,16 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
     rtol: AbstractVar[RealScalarLike]
     atol: AbstractVar[RealScalarLike]
     norm: AbstractVar[Norm]
+    axis_name: AbstractVar[AxisName]
+
+    def __check_init__(self):
+        check_tolerances(self.rtol, self.atol)
+        check_axis_name(self.axis_name)
+        check_norm(self.norm, self.axis_name)
+
+    def split_along(self, axis_name: AxisName) -> "AbstractFixedPointSolver":
+        """This solver, for a state that is split along the mesh axes `axis_name`."""
+        return dataclasses.replace(self, axis_name=axis_name)
 
     @abc.abstractmethod
     def init(

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._check import check_instance, check_integer, check_tolerances
-from .._custom_types import BoolScalar, IntScalar, Norm, RealScalarLike, Y
+from .._check import check_instance, check_integer
+from .._custom_types import AxisName, BoolScalar, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_where
 from .._norm import max_norm
@@ -71,9 +71,9 @@ class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
     norm: Norm = max_norm
     history_length: int = eqx.field(static=True, default=10)
     line_search: AbstractLineSearch = FullStep()
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_integer("history_length", self.history_length, 1)
         check_instance("line_search", self.line_search, AbstractLineSearch)
 
@@ -112,7 +112,7 @@ class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
         """A direction from here."""
         m, old = self.history_length, state.factors
         residual = difference(at.y, at.f)
-        applied = factors.apply(old, at.num_steps % m, residual)
+        applied = factors.apply(old, at.num_steps % m, residual, self.axis_name)
         weights, overlaps, last = applied.weights, applied.overlaps, applied.last
         is_newest = jnp.arange(m, dtype=jnp.int32) == (at.num_steps - 1) % m
         if old.lengths is not None:
@@ -132,7 +132,8 @@ class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
             return new * scale.astype(real(g.dtype)).astype(g.dtype)
 
         direction = jtu.tree_map(turn, residual, old.rows)
-        is_restart = (has_step & ~is_secant) | ~jnp.isfinite(max_norm(direction))
+        is_lost = ~jnp.isfinite(max_norm(direction, self.axis_name))
+        is_restart = (has_step & ~is_secant) | is_lost
         one = jnp.ones((), scale.dtype)
         return _Proposal(
             direction=tree_where(is_restart, residual, direction),
@@ -171,10 +172,10 @@ class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
         old, m = state.factors, self.history_length
         dtype = old.units.dtype
         slot = at.num_steps % m
-        row, size, is_normal = ring.normalised(new.direction, dtype)
+        row, size, is_normal = ring.normalised(new.direction, dtype, self.axis_name)
         unit = jnp.where(is_normal, size, 1)
         is_slot = jnp.arange(m, dtype=slot.dtype) == slot
-        square = ring.inner(row, row, dtype)
+        square = ring.inner(row, row, dtype, self.axis_name)
         column = jnp.where(is_slot, square, new.overlaps / unit)
         gram = jnp.where(is_slot[None, :], column[:, None], old.gram)
         # After the last evaluation nothing begins anew, nor takes the place of the
@@ -213,7 +214,9 @@ class Broyden(AbstractInverseEstimate[Y, _BroydenState]):
         old = state.factors
         wide = lambda x: x.astype(at_least_single(x.dtype))
         vector = jtu.tree_map(wide, vector)
-        applied = factors.apply(old, state.next_slot, vector, transpose=transpose)
+        applied = factors.apply(
+            old, state.next_slot, vector, self.axis_name, transpose=transpose
+        )
         return jtu.tree_map(
             lambda x, rows: -(x + ring.combine(applied.weights, rows).astype(x.dtype)),
             vector,
@@ -232,4 +235,6 @@ Broyden.__init__.__doc__ = """**Arguments:**
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `history_length`: The number of updates between two new starts, at least 1.
 - `line_search`: How far to follow a direction, such as [`equilax.Backtracking`][].
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -9,16 +9,10 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Float, PyTree, Scalar
 
-from .._custom_types import BoolScalar, IntScalar, Y
+from .._custom_types import AxisName, BoolScalar, IntScalar, Y
 from .._dtype import at_least_single, real, residual_dtype, rounding
-from .._misc import (
-    difference,
-    struct,
-    tree_allfinite,
-    tree_where,
-    vary_over,
-    varying,
-)
+from .._mesh import vary_over, varying
+from .._misc import difference, struct, tree_allfinite, tree_where
 from .._norm import two_norm
 from .._ravel import raveller
 from .base import Evaluation
@@ -58,12 +52,18 @@ def begin(y: PyTree[Array]) -> Descent:
 
 
 def is_taken_back(
-    search: AbstractLineSearch, at: Evaluation, size: Scalar, state: Descent
+    search: AbstractLineSearch,
+    at: Evaluation,
+    size: Scalar,
+    state: Descent,
+    axis_name: AxisName,
 ) -> BoolScalar:
     """Whether the search refuses the iterate, with a residual of two-norm `size`."""
     is_accepted = search.accepts(size, state.start, state.length, at.num_steps)
     # At the level of rounding there is no descent to be seen.
-    floor = _ROUNDING_UNITS * rounding(at.y) * two_norm(at.y).astype(size.dtype)
+    floor = (
+        _ROUNDING_UNITS * rounding(at.y) * two_norm(at.y, axis_name).astype(size.dtype)
+    )
     return at.is_trial & ~is_accepted & ~(size <= floor)
 
 
@@ -74,6 +74,7 @@ def follow(
     state: Descent,
     is_refused: BoolScalar,
     direction: Y,
+    axis_name: AxisName,
 ) -> tuple[Y, Descent, BoolScalar]:
     """Go along `direction` from here, or less far along the last one.
 
@@ -83,7 +84,7 @@ def follow(
     """
     one = jnp.ones((), state.length.dtype)
     # A singular Jacobian has no direction to offer: the plain step has.
-    is_usable = tree_allfinite(direction)
+    is_usable = tree_allfinite(direction, axis_name)
     direction = tree_where(is_usable, direction, difference(at.y, at.f))
     length = jnp.where(is_refused, search.shorten(state.length), one)
     moved = jnp.where(is_refused, length - state.length, length)

@@ -6,7 +6,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._custom_types import IntScalar
+from .._custom_types import AxisName, IntScalar
 from . import ring
 
 
@@ -76,7 +76,12 @@ def resume(old: Factors, next_slot: IntScalar) -> Factors:
 
 
 def apply(
-    old: Factors, slot: IntScalar, vector: PyTree[Array], *, transpose: bool = False
+    old: Factors,
+    slot: IntScalar,
+    vector: PyTree[Array],
+    axis_name: AxisName,
+    *,
+    transpose: bool = False,
 ) -> Applied:
     """Multiply `vector` by the factors, in terms of inner products alone.
 
@@ -87,7 +92,7 @@ def apply(
     """
     m, dtype = old.units.shape[0], old.units.dtype
     by_age = lambda x: jnp.roll(x, -slot, axis=0)
-    overlaps = by_age(ring.products(old.rows, vector, dtype))
+    overlaps = by_age(ring.products(old.rows, vector, dtype, axis_name))
     units, has_next = by_age(old.units), by_age(old.has_next)
     extra = None if old.lengths is None else by_age(old.lengths) - 1
     gram = by_age(by_age(old.gram).T).T

@@ -1,10 +1,11 @@
 from typing import TypeAlias
 
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_fraction, check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._check import check_fraction
+from .._custom_types import AxisName, Norm, RealScalarLike, Y
 from .._dtype import real
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, Step
@@ -44,9 +45,9 @@ class FixedPointIteration(AbstractFixedPointSolver[Y, _State]):
     atol: RealScalarLike
     norm: Norm = max_norm
     damp: RealScalarLike = 0.0
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_fraction("damp", self.damp)
 
     def init(self, y, *, max_steps, state=None):
@@ -68,4 +69,6 @@ FixedPointIteration.__init__.__doc__ = """**Arguments:**
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `damp`: The damping, in [0, 1). Zero is the plain iteration.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import PyTree
 
 from .._batching import Loop
-from .._custom_types import Args, BoolScalar, IntScalar, Y
+from .._custom_types import Args, AxisName, BoolScalar, IntScalar, Y
 from .._dtype import residual_dtype, rounding
 from .._misc import per_sample, tree_allfinite, tree_where
 from .._solution import RESULTS
@@ -159,10 +159,10 @@ def _advance(
     return _freeze(now, new)
 
 
-def _best_on_failure(end: Progress[Y]) -> Progress[Y]:
+def _best_on_failure(axis_name: AxisName, end: Progress[Y]) -> Progress[Y]:
     """The best iterate of a solve that failed, or the last before `fn` went astray."""
     is_last = (end.result == RESULTS.successful) | (end.result == RESULTS.nonfinite)
-    is_last = is_last & tree_allfinite(end.y)
+    is_last = is_last & tree_allfinite(end.y, axis_name)
     # Where no residual was ever finite there is no best.
     is_last = is_last | jnp.isinf(end.best_residual)
     last, best = (end.y, end.residual), (end.best_y, end.best_residual)
@@ -247,4 +247,5 @@ def iterate(
     loop = make_loop(
         static, max_steps=max_steps, is_batch=is_batch, axis_names=axis_names
     )
-    return per_sample(is_batch)(_best_on_failure)(run(loop, inputs))
+    best_on_failure = ft.partial(_best_on_failure, solver.axis_name)
+    return per_sample(is_batch)(best_on_failure)(run(loop, inputs))

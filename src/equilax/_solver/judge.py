@@ -8,8 +8,9 @@ from jaxtyping import Scalar
 
 from .._custom_types import BoolScalar, Y
 from .._dtype import real, residual_dtype
+from .._mesh import from_all
 from .._misc import difference, tree_allfinite
-from .._norm import max_norm
+from .._norm import max_norm, measured
 from .base import AbstractFixedPointSolver
 
 
@@ -38,7 +39,9 @@ def _judge_max(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
         max_residual(a, b, rtol, atol)
         for a, b in zip(jtu.tree_leaves(y), jtu.tree_leaves(f), strict=True)
     ]
-    largest = (ft.reduce(jnp.maximum, parts) for parts in zip(*judged, strict=True))
+    largest = [ft.reduce(jnp.maximum, parts) for parts in zip(*judged, strict=True)]
+    if solver.axis_name is not None:
+        largest = jnp.max(from_all(jnp.stack(largest), solver.axis_name), axis=0)
     residual, scaled, size = largest
     return Judged(residual, scaled, size, jnp.isfinite(residual))
 
@@ -56,10 +59,10 @@ def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
 
     moved = difference(y, f)
     residual, scaled, size = (
-        solver.norm(tree).astype(residual_dtype(y))
+        measured(solver.norm, tree, solver.axis_name).astype(residual_dtype(y))
         for tree in (moved, jtu.tree_map(scale, moved, y), y)
     )
-    is_finite = jnp.isfinite(residual) & tree_allfinite(f)
+    is_finite = jnp.isfinite(residual) & tree_allfinite(f, solver.axis_name)
     return Judged(residual, scaled, size, is_finite)
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
-from .._custom_types import IntScalar
+from .._custom_types import AxisName, IntScalar
 from . import ring
 
 
@@ -59,6 +59,7 @@ def append(
     row: PyTree[Array],
     surprise: PyTree[Array],
     least: Scalar,
+    axis_name: AxisName,
 ) -> tuple[Scalar, Scalar, Float[Array, "m m"]]:
     r"""Update $B$ by $\theta z r^T / (r^T r)$ for a new `row` $r$ and `surprise` $z$.
 
@@ -71,14 +72,18 @@ def append(
     $\theta$, the square of the row, and `Memory.inverse` with what is in its slot.
     """
     dtype = old.inverse.dtype
-    products = lambda rows, x: jnp.where(is_used, ring.products(rows, x, dtype), 0)
-    square = ring.inner(row, row, dtype)
+    products = lambda rows, x: jnp.where(
+        is_used, ring.products(rows, x, dtype, axis_name), 0
+    )
+    square = ring.inner(row, row, dtype, axis_name)
     square = jnp.where(square > 0, square, 1)
     left = multiply(old.inverse, products(old.steps, surprise))
     across = products(old.changes, row)
     # r^T B^-1 z / r^T r, by which a whole step would change the determinant: Powell's
     # gamma, less one.
-    excess = (ring.inner(row, surprise, dtype) + multiply(across, left)) / square
+    excess = (
+        ring.inner(row, surprise, dtype, axis_name) + multiply(across, left)
+    ) / square
     bound = jnp.where(1 + excess < 0, -least, least)
     is_far = jnp.abs(1 + excess) >= least
     theta = jnp.where(is_far, 1, (bound - 1) / jnp.where(is_far, 1, excess))

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, ClassVar
 
 import equinox as eqx
 import jax
@@ -8,10 +8,11 @@ import lineax as lx
 from jaxtyping import Array, PyTree
 
 from .._batching import if_wanted
-from .._check import check_instance, check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._check import check_instance
+from .._custom_types import AxisName, Norm, RealScalarLike, Y
 from .._dtype import at_least_single
-from .._misc import any_varying, difference
+from .._mesh import any_varying
+from .._misc import difference
 from .._norm import max_norm, two_norm
 from . import descent
 from .base import AbstractFixedPointSolver, Step
@@ -46,12 +47,18 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
     linear_solver: lx.AbstractLinearSolver | None = None
     line_search: AbstractLineSearch = Backtracking()
     tags: frozenset[object] = eqx.field(static=True, default=frozenset())
+    axis_name: ClassVar[AxisName] = None
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         if self.linear_solver is not None:
             check_instance("linear_solver", self.linear_solver, lx.AbstractLinearSolver)
         check_instance("line_search", self.line_search, AbstractLineSearch)
+
+    def split_along(self, axis_name):
+        raise ValueError(
+            "`solver=Newton` needs the whole of `y` on each device, which is not so "
+            f"with `axis_name={axis_name!r}`: take `equilax.NewtonKrylov`."
+        )
 
     def init(self, y, *, max_steps, state=None):
         del max_steps, state
@@ -59,7 +66,7 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
 
     def step(self, fn, at, args, state):
         size = two_norm(difference(at.y, at.f)).astype(state.start.dtype)
-        is_refused = descent.is_taken_back(self.line_search, at, size, state)
+        is_refused = descent.is_taken_back(self.line_search, at, size, state, None)
         none = (state.direction, jnp.zeros((), jnp.int32))
         direction, num_evals = if_wanted(
             at.proceed & ~is_refused,
@@ -68,7 +75,7 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
             none,
         )
         new_y, state, is_trial = descent.follow(
-            self.line_search, at, size, state, is_refused, direction
+            self.line_search, at, size, state, is_refused, direction, None
         )
         return Step(new_y, state, num_evals=num_evals, is_trial=is_trial)
 

@@ -4,8 +4,8 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
 from .._batching import if_wanted, Lockstep
-from .._check import check_fraction, check_instance, check_integer, check_tolerances
-from .._custom_types import IntScalar, Norm, RealScalarLike, Y
+from .._check import check_fraction, check_instance, check_integer
+from .._custom_types import AxisName, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, residual_dtype
 from .._krylov import gmres
 from .._misc import difference
@@ -56,9 +56,9 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
     max_linear_steps: int = eqx.field(static=True, default=100)
     max_forcing: RealScalarLike = 0.1
     line_search: AbstractLineSearch = Backtracking()
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_integer("restart", self.restart, 1)
         check_integer("max_linear_steps", self.max_linear_steps, 1)
         check_fraction("max_forcing", self.max_forcing)
@@ -71,8 +71,10 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
 
     def step(self, fn, at, args, state):
         old = state.descent
-        size = two_norm(difference(at.y, at.f)).astype(old.start.dtype)
-        is_refused = descent.is_taken_back(self.line_search, at, size, old)
+        size = two_norm(difference(at.y, at.f), self.axis_name).astype(old.start.dtype)
+        is_refused = descent.is_taken_back(
+            self.line_search, at, size, old, self.axis_name
+        )
         is_wanted = at.proceed & ~is_refused
         forcing = jnp.where(is_wanted, self._force(at, size, state), state.forcing)
         direction, num_evals = if_wanted(
@@ -82,7 +84,7 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
             (old.direction, jnp.zeros((), jnp.int32)),
         )
         new_y, new, is_trial = descent.follow(
-            self.line_search, at, size, old, is_refused, direction
+            self.line_search, at, size, old, is_refused, direction, self.axis_name
         )
         state = _NewtonKrylovState(new, forcing)
         return Step(new_y, state, num_evals=num_evals, is_trial=is_trial)
@@ -98,6 +100,7 @@ class NewtonKrylov(AbstractFixedPointSolver[Y, _NewtonKrylovState]):
             restart=self.restart,
             max_steps=self.max_linear_steps,
             batching=Lockstep(),
+            axis_name=self.axis_name,
         )
         wide = lambda x: x.astype(at_least_single(x.dtype))
         direction = system.unravel(found.value.astype(system.rhs.dtype))
@@ -129,4 +132,6 @@ NewtonKrylov.__init__.__doc__ = """**Arguments:**
 - `max_linear_steps`: The most products with the Jacobian a step.
 - `max_forcing`: The largest relative residual of a linear system, in [0, 1).
 - `line_search`: How far to follow a direction, such as [`equilax.Backtracking`][].
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -3,8 +3,8 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree, Scalar
 
-from .._check import check_fraction, check_tolerances
-from .._custom_types import IntScalar, Norm, RealScalarLike, Y
+from .._check import check_fraction
+from .._custom_types import AxisName, IntScalar, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real, residual_dtype
 from .._misc import tree_where
 from .._norm import max_norm
@@ -71,9 +71,9 @@ class Reversible(AbstractFixedPointSolver[Y, _ReversibleState]):
     atol: RealScalarLike
     norm: Norm = max_norm
     beta: RealScalarLike = 0.8
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
         check_fraction("beta", self.beta)
         if isinstance(self.beta, (int, float)) and self.beta == 0:
             raise ValueError(f"`beta` must be in (0, 1); got {self.beta}.")
@@ -146,4 +146,6 @@ Reversible.__init__.__doc__ = """**Arguments:**
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
 - `beta`: The weight of the image, in (0, 1). The nearer to one, the more like the plain
     iteration, and the larger the errors of the way back.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

@@ -8,8 +8,9 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Int, PyTree, Scalar
 
-from .._custom_types import BoolScalar, IntScalar
+from .._custom_types import AxisName, BoolScalar, IntScalar
 from .._dtype import at_least_single, promote, real
+from .._mesh import total
 from .._norm import max_norm
 
 
@@ -35,7 +36,9 @@ def oldest_first_both(
     return jnp.roll(jnp.roll(gram, -next_slot, axis=0), -next_slot, axis=1)
 
 
-def products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
+def products(
+    rows: PyTree[Array], vector: PyTree[Array], dtype: Any, axis_name: AxisName
+) -> Array:
     """The real inner products of each row of a history with `vector`."""
 
     def product(row, x):
@@ -51,7 +54,8 @@ def products(rows: PyTree[Array], vector: PyTree[Array], dtype: Any) -> Array:
         )
         return out.real.astype(dtype)
 
-    return ft.reduce(jnp.add, jtu.tree_leaves(jtu.tree_map(product, rows, vector)))
+    leaves = jtu.tree_leaves(jtu.tree_map(product, rows, vector))
+    return total(ft.reduce(jnp.add, leaves), axis_name)
 
 
 def combine(weights: Float[Array, " m"], rows: Array) -> Array:
@@ -89,14 +93,16 @@ def scaled(tree: PyTree[Array], factor: Scalar) -> PyTree[Array]:
 
 
 def normalised(
-    tree: PyTree[Array], dtype: Any
+    tree: PyTree[Array], dtype: Any, axis_name: AxisName
 ) -> tuple[PyTree[Array], Scalar, BoolScalar]:
     """`tree` divided by its largest element, that one, and whether it could be."""
-    size = max_norm(tree).astype(dtype)
+    size = max_norm(tree, axis_name).astype(dtype)
     is_normal = (size >= jnp.finfo(dtype).tiny) & jnp.isfinite(size)
     return scaled(tree, 1 / jnp.where(is_normal, size, 1)), size, is_normal
 
 
-def inner(a: PyTree[Array], b: PyTree[Array], dtype: Any) -> Scalar:
+def inner(
+    a: PyTree[Array], b: PyTree[Array], dtype: Any, axis_name: AxisName
+) -> Scalar:
     """The real inner product of two trees."""
-    return products(jtu.tree_map(lambda x: x[None], a), b, dtype)[0]
+    return products(jtu.tree_map(lambda x: x[None], a), b, dtype, axis_name)[0]

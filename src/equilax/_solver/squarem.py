@@ -1,8 +1,8 @@
+import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .._check import check_tolerances
-from .._custom_types import Norm, RealScalarLike, Y
+from .._custom_types import AxisName, Norm, RealScalarLike, Y
 from .._dtype import at_least_single, real
 from .._misc import tree_allfinite, tree_where
 from .._norm import max_norm, two_norm
@@ -31,9 +31,7 @@ class Squarem(AbstractFixedPointSolver[Y, None]):
     rtol: RealScalarLike
     atol: RealScalarLike
     norm: Norm = max_norm
-
-    def __check_init__(self):
-        check_tolerances(self.rtol, self.atol)
+    axis_name: AxisName = eqx.field(static=True, default=None, kw_only=True)
 
     def init(self, y, *, max_steps, state=None):
         del y, max_steps, state
@@ -45,7 +43,7 @@ class Squarem(AbstractFixedPointSolver[Y, None]):
         y, first, last = (jtu.tree_map(wide, t) for t in (at.y, at.f, second))
         r = jtu.tree_map(jnp.subtract, first, y)
         v = jtu.tree_map(lambda a, b, c: (a - b) - c, last, first, r)
-        r_size, v_size = two_norm(r), two_norm(v)
+        r_size, v_size = two_norm(r, self.axis_name), two_norm(v, self.axis_name)
         ratio = r_size / jnp.where(v_size == 0, 1, v_size)
         alpha = -jnp.where(v_size == 0, 1, jnp.maximum(ratio, 1))
 
@@ -55,8 +53,8 @@ class Squarem(AbstractFixedPointSolver[Y, None]):
 
         far = jtu.tree_map(extrapolate, y, r, v, at.y)
         image = fn(far, args)
-        second = tree_where(tree_allfinite(second), second, at.f)
-        new_y = tree_where(tree_allfinite((far, image)), image, second)
+        second = tree_where(tree_allfinite(second, self.axis_name), second, at.f)
+        new_y = tree_where(tree_allfinite((far, image), self.axis_name), image, second)
         return Step(new_y, state, num_evals=2)
 
     def postprocess(self, y, residual, is_successful, state):
@@ -69,4 +67,6 @@ Squarem.__init__.__doc__ = """**Arguments:**
 - `rtol`: Relative tolerance, dimensionless. May be a traced scalar.
 - `atol`: Absolute tolerance, in the units of `y`. May be a traced scalar.
 - `norm`: The norm `PyTree -> Scalar` of `fn(y) - y` divided by the tolerance.
+- `axis_name`: The mesh axes along which each leaf of `y` is split, one part a device,
+    inside `jax.shard_map`. `None` is a `y` that is whole.
 """

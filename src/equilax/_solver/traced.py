@@ -50,6 +50,13 @@ class Traced(AbstractFixedPointSolver[Y, _TracedState]):
     def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
         return self.solver.norm
 
+    @property
+    def axis_name(self):
+        return self.solver.axis_name
+
+    def split_along(self, axis_name):
+        return type(self)(self.solver.split_along(axis_name))
+
     def init(self, y, *, max_steps, state=None):
         old = None if state is None else state.solver_state
         trace = jnp.full((max_steps + 1,), jnp.nan, residual_dtype(y))

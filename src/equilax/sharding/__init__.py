@@ -1,0 +1,1 @@
+from .shard_vmap import shard_vmap as shard_vmap
