@@ -24,6 +24,11 @@ def vary_over(x: ArrayLike, axes: frozenset[str]) -> Array:
     return lax.pcast(x, missing, to="varying") if missing else jnp.asarray(x)
 
 
+def all_vary(tree: PyTree[Any], axes: frozenset[str]) -> PyTree[Any]:
+    """`tree`, each of whose arrays varies over `axes`."""
+    return jtu.tree_map(lambda x: vary_over(x, axes) if eqx.is_array(x) else x, tree)
+
+
 def any_varying(*trees: PyTree[Any]) -> frozenset[str]:
     """The union of the axes over which any leaf varies. Empty outside `shard_map`."""
     leaves = jtu.tree_leaves(eqx.filter(trees, eqx.is_array))

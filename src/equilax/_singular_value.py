@@ -9,13 +9,12 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, Scalar
 
 from ._batching import while_loop
 from ._custom_types import BoolScalar, IntScalar
-from ._mesh import any_varying, vary_over
+from ._mesh import all_vary, any_varying, vary_over
 from ._misc import transposed
 from ._norm import divisor, two_norm
 
@@ -190,7 +189,7 @@ def bidiagonalise(
         num_filled=jnp.zeros((), jnp.int32),
         is_live=jnp.array(True),
     )
-    init = jtu.tree_map(lambda x: vary_over(x, axes), init)
+    init = all_vary(init, axes)
     end = while_loop(is_live, step, init, may_vary=axes)
     return end.alphas, end.betas
 

@@ -1,7 +1,6 @@
 from typing import Any
 
 import equinox as eqx
-import jax.tree_util as jtu
 from jaxtyping import PyTree
 
 from ._adjoint import (
@@ -17,7 +16,7 @@ from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
-from ._mesh import any_varying, vary_over
+from ._mesh import all_vary, any_varying
 from ._misc import per_sample
 from ._solution import Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state
@@ -78,7 +77,7 @@ def _solve_adjoint(
 
     def as_vector(tree):
         tree = move(tree, batch_axis, 0)
-        return flipped.to_vector(jtu.tree_map(lambda x: vary_over(x, axes), tree))
+        return flipped.to_vector(all_vary(tree, axes))
 
     start = None if guess is None else as_vector(guess)
     vector = as_vector(cotangent)

@@ -9,7 +9,7 @@ import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
 from ._custom_types import Y
-from ._mesh import any_varying, vary_over
+from ._mesh import all_vary, any_varying
 from ._misc import hoist, Hoisted
 
 
@@ -137,7 +137,7 @@ def trace(
     while True:
         # All leaves alike: of one that did not vary the products with a transposed
         # Jacobian would be summed over devices which need not take the same steps.
-        y0 = jtu.tree_map(lambda x, axes=axes: vary_over(x, axes), y0)
+        y0 = all_vary(y0, axes)
         hoisted = hoist(checked, y0, args)
         if found[-1] <= axes:
             return hoisted, y0

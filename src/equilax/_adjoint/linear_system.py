@@ -15,7 +15,7 @@ from jaxtyping import Array, PyTree
 
 from .._dtype import at_least_single
 from .._linear import AbstractMatrixFreeSolver
-from .._mesh import any_varying, vary_over
+from .._mesh import all_vary, any_varying, vary_over
 from .._misc import struct, transposed
 from .base import Problem
 from .matrix_free import matrix_free
@@ -54,7 +54,7 @@ def linear_system(
         return t - ravel(product(unravel(t)))
 
     if isinstance(rule.linear_solver, AbstractMatrixFreeSolver):
-        constants = lax.stop_gradient((y, state))
+        constants = lax.stop_gradient((y, all_vary(state, any_varying(y))))
         both = ft.partial(matrix_free, rule, problem, *constants, ravelling)
         solve, transpose_solve = both(is_transposed=False), both(is_transposed=True)
     else:
@@ -128,11 +128,10 @@ def _watched(
     solution = cast(AdjointMonitor, problem.monitor).solution
     guess, t_guess = None, None
     if solution is not None:
-        vary = lambda x: vary_over(x, axes)
-        solution = jtu.tree_map(vary, solution)
+        solution = all_vary(solution, axes)
         # What was a cotangent is not ravelled as a tangent is.
         guess = lax.stop_gradient(transposed(unravel, vector)(solution))
-        zero = lambda t, s: jnp.zeros_like(s) if t is None else vary(t)
+        zero = lambda t, s: jnp.zeros_like(s) if t is None else vary_over(t, axes)
         is_none = lambda t: t is None
         t_guess = jtu.tree_map(zero, t_monitor.solution, solution, is_leaf=is_none)
         t_guess = ravel(t_guess)

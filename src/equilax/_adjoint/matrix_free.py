@@ -6,7 +6,6 @@ from typing import cast
 
 import equinox as eqx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Float, PyTree
 
@@ -21,7 +20,7 @@ from .._linear import (
     Preconditioned,
     solve_from,
 )
-from .._mesh import any_varying, vary_over
+from .._mesh import all_vary, any_varying
 from .._misc import per_sample
 from .._norm import divisor, max_norm, measured
 from .._solution import RESULTS
@@ -54,17 +53,6 @@ def _of_coupled(linear_solver, problem: Problem) -> AbstractMatrixFreeSolver:
             "`equilax.FixedPointLinearSolver` for the adjoint instead."
         )
     return cast(AbstractMatrixFreeSolver, linear_solver)
-
-
-def _as_varying(constants, axes: frozenset[str]):
-    """What a linear solve depends on, varying over `axes` as its right-hand side does.
-
-    JAX (to 0.12) lets all constants of a `custom_linear_solve` vary so, but only after
-    their types have gone into the trace of what they are used in.
-    """
-    dynamic, static = eqx.partition(constants, eqx.is_array)
-    dynamic = jtu.tree_map(lambda x: vary_over(x, axes), dynamic)
-    return eqx.combine(dynamic, static)
 
 
 class _Verdict(eqx.Module):
@@ -111,7 +99,9 @@ def matrix_free(
     solver = _of_coupled(rule.linear_solver, problem)
     is_truncated = isinstance(solver, Neumann)
     tolerance = each(ft.partial(_tolerance, problem.solver))(y)
-    solver, tolerance = _as_varying((solver, tolerance), any_varying(y))
+    # JAX (to 0.12) lets all constants of a `custom_linear_solve` vary as its right-hand
+    # side does, after their types have gone into the trace of what they are used in.
+    solver, tolerance = all_vary((solver, tolerance), any_varying(y))
     verdict = _Verdict(solver, rounding(y), problem.solver.axis_name)
 
     product_for = None

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, PyTree
 
-from .._mesh import any_varying, vary_over, varying
+from .._mesh import all_vary, any_varying, vary_over, varying
 from .._misc import transposed
 from .base import Problem
 from .linear_system import checker, System
@@ -61,7 +61,7 @@ def settle_adjoint(
     guess = None
     if monitor is not None and monitor.solution is not None:
         axes = any_varying(y)
-        solution = jtu.tree_map(lambda x: vary_over(x, axes), monitor.solution)
+        solution = all_vary(monitor.solution, axes)
         guess = lax.stop_gradient(flipped.to_vector(solution))
 
     def solve(mv, vector):

@@ -9,7 +9,7 @@ from jax.custom_batching import custom_vmap
 from jaxtyping import Array
 
 from .._custom_types import IntScalar
-from .._mesh import any_varying, vary_over
+from .._mesh import all_vary, any_varying
 from .layout import Layout, put, take
 from .loop import Carry, Inputs, Loop, while_loop
 
@@ -61,7 +61,7 @@ def _run_chain(
     axes = any_varying(final, leaves)
 
     def align(carry):
-        return jtu.tree_map(lambda x: vary_over(x, axes), carry)
+        return all_vary(carry, axes)
 
     def go_on(final):
         return align(

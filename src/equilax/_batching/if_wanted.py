@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array, PyTree
 
 from .._custom_types import BoolScalar
-from .._mesh import any_varying, vary_over
+from .._mesh import all_vary, any_varying
 from .lockstep import Lockstep
 from .loop import Loop
 
@@ -34,7 +34,7 @@ def if_wanted(
     def body(num_passes, now, inputs):
         is_wanted, old = now
         axes = any_varying(now, inputs)
-        align = lambda tree: jtu.tree_map(lambda x: vary_over(x, axes), tree)
+        align = lambda tree: all_vary(tree, axes)
         run = lambda operand, old: align(fn(eqx.combine(operand, static)))
         skip = lambda operand, old: align(old)
         # Always true, which the compiler does not know. It would take what does not

@@ -11,7 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
 from .._check import check_axis_name, check_callable, check_instance
-from .._mesh import as_names, manual_axes, vary_over
+from .._mesh import all_vary, as_names, manual_axes
 
 
 def shard_vmap(
@@ -103,7 +103,7 @@ def _run(self: _ShardVmap, args: tuple) -> PyTree[Any]:
 
     def local(batch, shared):
         # Once, and here: each use of what does not vary yet would be summed by itself.
-        shared = jtu.tree_map(lambda x: vary_over(x, frozenset(self.names)), shared)
+        shared = all_vary(shared, frozenset(self.names))
         fn, rest = eqx.combine(shared, static)
 
         def one(sample):
