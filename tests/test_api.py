@@ -52,13 +52,16 @@ _NAMES = {
     "max_norm",
     "nn",
     "rms_norm",
+    "sharding",
     "solve_adjoint",
     "two_norm",
 }
 _NN_NAMES = {"AffineCell", "FixedPointLayer"}
+_SHARDING_NAMES = {"shard_vmap"}
 _KERNEL_NAMES = {"max_residual", "spd_solve"}
-_PUBLIC = {name: getattr(eqlx, name) for name in sorted(_NAMES - {"nn"})}
+_PUBLIC = {name: getattr(eqlx, name) for name in sorted(_NAMES - {"nn", "sharding"})}
 _PUBLIC |= {f"nn.{name}": getattr(eqlx.nn, name) for name in sorted(_NN_NAMES)}
+_PUBLIC |= {f"sharding.{n}": getattr(eqlx.sharding, n) for n in _SHARDING_NAMES}
 _PUBLIC |= {name: getattr(equilax_kernels, name) for name in sorted(_KERNEL_NAMES)}
 _MODULES = {k: v for k, v in _PUBLIC.items() if inspect.isclass(v)}
 every = pytest.mark.parametrize("name", list(_PUBLIC))
@@ -73,7 +76,7 @@ def _public(module):
         name
         for name, value in vars(module).items()
         if not name.startswith("_")
-        and (not is_module(value) or value is eqlx.nn)
+        and (not is_module(value) or value in (eqlx.nn, eqlx.sharding))
         and name != "importlib"
     }
 
@@ -81,6 +84,7 @@ def _public(module):
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
     assert _public(eqlx.nn) - {"affine_cell", "fixed_point_layer"} == _NN_NAMES
+    assert _public(eqlx.sharding) == _SHARDING_NAMES
     assert _public(equilax_kernels) - {"spd_solve"} == _KERNEL_NAMES - {"spd_solve"}
     assert callable(equilax_kernels.spd_solve)
 
