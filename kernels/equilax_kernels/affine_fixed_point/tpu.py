@@ -235,7 +235,7 @@ def affine_fixed_point(
         ],
         scratch_shapes=[_scratch(z0, tile, settings.history_length)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=2 * _VMEM_BYTES
+            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
         ),
         interpret=interpret,
         name="affine_fixed_point",
