@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from ..spd_solve.reference import solve_written_out
-from .rules import Evaluation, Knobs, largest
+from .rules import Evaluation, Knobs
 
 
 # A weight this much larger than the residual moves by rounding errors alone.
@@ -74,6 +74,14 @@ def _combine(weights: Sequence[Array], rows: Sequence[Array]) -> Array:
     return sum(terms[1:], terms[0])
 
 
+class _Rows(NamedTuple):
+    """The rows of both rings, and the products of those of residuals with this one."""
+
+    residuals: Sequence[Array]
+    images: Sequence[Array]
+    products: Sequence[Array]
+
+
 def _remember(at: Evaluation, g: Array, memory: Memory, put: Put):
     """The memory with the difference from the last evaluation in it, and its rows."""
     m = len(_triangle(memory.gram))
@@ -88,10 +96,10 @@ def _remember(at: Evaluation, g: Array, memory: Memory, put: Put):
     change = lambda new, old: jnp.where(at.is_finite, new - old, 0) * inverse
     change_g = change(g, memory.last_residual)
     d_residuals, residual_rows = put(memory.d_residuals, slot, change_g)
-    d_images, image_rows = put(
-        memory.d_images, slot, change(at.f, memory.last_image)
-    )
-    row = [_dot(r, change_g) for r in residual_rows]
+    d_images, image_rows = put(memory.d_images, slot, change(at.f, memory.last_image))
+    # Both products of a row at once, which is then read once.
+    products = [(_dot(r, change_g), _dot(r, g)) for r in residual_rows]
+    row = [product for product, _ in products]
     gram = _triangle(memory.gram)
     for i in range(m):
         for j in range(i + 1):
@@ -104,11 +112,12 @@ def _remember(at: Evaluation, g: Array, memory: Memory, put: Put):
         gram=tuple(column for columns in gram for column in columns),
         num_used=num_used,
     )
-    return memory, residual_rows, image_rows, slot
+    rows = _Rows(residual_rows, image_rows, [product for _, product in products])
+    return memory, rows, slot
 
 
 def _weights(
-    g: Array, memory: Memory, rows: Sequence[Array], slot: Array, knobs: Knobs
+    products: Sequence[Array], memory: Memory, slot: Array, knobs: Knobs
 ) -> list[Array]:
     """Those of the least-squares problem, by normal equations of unit diagonal."""
     gram = _triangle(memory.gram)
@@ -124,9 +133,10 @@ def _weights(
         for j in range(i + 1):
             gram[i][j] = gram[i][j] * scales[i] * scales[j]
         gram[i][i] = gram[i][i] + jnp.where(is_used[i], knobs.ridge, 1)
-    products = [s * _dot(row, g) for s, row in zip(scales, rows, strict=True)]
-    floor = jnp.asarray(10 * float(jnp.finfo(g.dtype).eps), g.dtype)
-    solved = solve_written_out(gram, products, floor)
+    right = [s * product for s, product in zip(scales, products, strict=True)]
+    dtype = right[0].dtype
+    floor = jnp.asarray(10 * float(jnp.finfo(dtype).eps), dtype)
+    solved = solve_written_out(gram, right, floor)
     return [s * x for s, x in zip(scales, solved, strict=True)]
 
 
@@ -141,8 +151,8 @@ def extrapolated(
     """The step; see [`equilax_kernels.affine_fixed_point.rules.advance`][]."""
     g = at.f - at.z
     is_rejected = _is_rejected(at, memory, knobs)
-    new, residual_rows, image_rows, slot = _remember(at, g, memory, put)
-    weights = _weights(g, new, residual_rows, slot, knobs)
+    new, rows, slot = _remember(at, g, memory, put)
+    weights = _weights(rows.products, new, slot, knobs)
     biggest = jnp.abs(weights[0])
     for weight in weights[1:]:
         biggest = jnp.maximum(biggest, jnp.abs(weight))
@@ -154,10 +164,10 @@ def extrapolated(
     base_g = jnp.where(is_base, g, memory.last_residual)
     base_f = jnp.where(is_base, at.f, memory.last_image)
     is_plain = is_rejected | is_degenerate
-    plain, moved = base_f, base_f - _combine(weights, image_rows)
+    plain, moved = base_f, base_f - _combine(weights, rows.images)
     if is_damped:
         plain = plain - knobs.damp * base_g
-        moved = moved - knobs.damp * (base_g - _combine(weights, residual_rows))
+        moved = moved - knobs.damp * (base_g - _combine(weights, rows.residuals))
     num_used = jnp.where(is_degenerate, 0, new.num_used)
     new = new._replace(
         num_used=num_used,

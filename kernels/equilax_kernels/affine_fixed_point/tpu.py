@@ -3,7 +3,6 @@
 import functools as ft
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jax import lax
@@ -12,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float
 
 from .._mesh import struct_like, to_vary, varying
-from . import extrapolation, rules
-from .activations import in_kernel, is_known
+from . import extrapolation, rules, support
+from .activations import in_kernel
 from .extrapolation import Memory
 from .rules import Knobs, Rows, Settings
 
@@ -24,7 +23,6 @@ _SUBLANES = 8
 _TILE = 128
 # Of the 64 MiB and more that a core has on the generations that tests compile for.
 _VMEM_BYTES = 48 * 2**20
-_MAX_HISTORY = 5
 
 
 def _padded(rows: int, columns: int, dtype: Any) -> int:
@@ -51,27 +49,21 @@ def vmem_bytes(
     total = blocks + stats + temporaries + block + 7 * column
     if m > 0:
         gram = extrapolation.gram_size(m)
-        total += 2 * m * block + 2 * wide + (gram + 2 + 2 * m) * column
+        total += 2 * m * block + 2 * wide + 2 * (gram + 2 + 2 * m) * column
     return total
 
 
-def unsupported(
-    weight: Any, u: Any, scale: Any, settings: Settings
-) -> str | None:
+def unsupported(weight: Any, u: Any, scale: Any, settings: Settings) -> str | None:
     """Why the kernel does not take these, or `None` if it does. Reads no values."""
-    (num_rows, d), dtype = u.shape, u.dtype
-    if dtype not in (jnp.float32, jnp.bfloat16):
-        return f"the dtype is {dtype}, not float32 or bfloat16"
-    if not is_known(settings.activation):
-        return f"the activation {settings.activation} is not one of the kernel's"
-    if min(num_rows, d) == 0:
-        return "it is empty"
-    if settings.history_length > _MAX_HISTORY:
-        return f"the history of {settings.history_length} is over {_MAX_HISTORY}"
+    del weight
+    reason = support.unsupported(u, settings)
+    if reason is not None:
+        return reason
+    num_rows, d = u.shape
     needed = vmem_bytes(
         num_rows,
         d,
-        dtype,
+        u.dtype,
         is_scaled=scale is not None,
         history_length=settings.history_length,
     )
@@ -173,8 +165,17 @@ def _solve_tile(u_ref, scale_ref, weight_ref, scratch, knobs, settings):
 
 
 def _kernel(
-    knobs_ref, u_ref, z0_ref, scale_ref, weight_ref, z_ref, stats_ref, scratch,
-    *, num_rows: int, settings: Settings,
+    knobs_ref,
+    u_ref,
+    z0_ref,
+    scale_ref,
+    weight_ref,
+    z_ref,
+    stats_ref,
+    scratch,
+    *,
+    num_rows: int,
+    settings: Settings,
 ):
     tile, d = z0_ref.shape
     knobs = Knobs(*(knobs_ref[i] for i in range(len(Knobs._fields))))
@@ -196,7 +197,9 @@ def _kernel(
     # One row of the output a figure: a column would be as large as the state in HBM.
     lane = lax.broadcasted_iota(jnp.int32, (tile, _LANES), 1)
     bits = lax.bitcast_convert_type(residual, jnp.int32)
-    figures = jnp.where(lane == 0, bits, jnp.where(lane == 1, rows.num_steps, rows.status))
+    figures = jnp.where(
+        lane == 0, bits, jnp.where(lane == 1, rows.num_steps, rows.status)
+    )
     stats_ref[...] = jnp.transpose(figures)[:_SUBLANES]
 
 

@@ -11,28 +11,25 @@ from jax.experimental.pallas import triton as plgpu
 from jaxtyping import Array, Float
 
 from .._mesh import struct_like, to_vary, varying
-from . import extrapolation, rules
-from .activations import in_kernel, is_known
+from . import extrapolation, rules, support
+from .activations import in_kernel
 from .rules import Knobs, Settings
+from .triton_plan import Plan, plan_of
 
 
-class Plan(NamedTuple):
-    """How a tile is worked on.
-
-    A `chunk` is the number of features of the weights that are on chip at a time: all
-    of them for as long as the kernel runs, or one part after the other in every step.
-    """
-
-    tile: int
-    num_warps: int
-    chunk: int
+# Addresses are 32 bits wide.
+_MOST_ELEMENTS = 2**31
 
 
-def _put(ring, slot, row):
-    rows = [
-        jnp.where(slot == j, row.astype(old.dtype), old) for j, old in enumerate(ring)
-    ]
-    return tuple(rows), rows
+def unsupported(weight: Any, u: Any, scale: Any, settings: Settings) -> str | None:
+    """Why the kernel does not take these, or `None` if it does. Reads no values."""
+    del weight, scale
+    reason = support.unsupported(u, settings)
+    if reason is None and plan_of(u.shape[1], u.dtype, settings) is None:
+        reason = f"{u.shape[1]} features do not fit into registers"
+    if reason is None and u.size * max(settings.history_length, 1) >= _MOST_ELEMENTS:
+        reason = f"{u.size} elements are more than it can address"
+    return reason
 
 
 class _Tile(NamedTuple):
@@ -43,41 +40,63 @@ class _Tile(NamedTuple):
     num_rows: int
     d: int
 
-    def _at(self, ref):
+    def _at(self, ref, slot):
         shape = (self.rows.size, self.columns.size)
         rows = jnp.broadcast_to(self.rows[:, None], shape)
         columns = jnp.broadcast_to(self.columns[None, :], shape)
         mask = (rows < self.num_rows) & (columns < self.d)
-        return ref.at[rows, columns], mask
+        # A ring is as many arrays, one below the other.
+        return ref.at[slot * self.num_rows + rows, columns], mask
 
-    def load(self, ref):
-        at, mask = self._at(ref)
+    def load(self, ref, slot=0):
+        at, mask = self._at(ref, slot)
         return plgpu.load(at, mask=mask, other=0)
 
-    def store(self, ref, value):
-        at, mask = self._at(ref)
-        plgpu.store(at, value, mask=mask)
+    def store(self, ref, value, slot=0):
+        at, mask = self._at(ref, slot)
+        plgpu.store(at, value.astype(ref.dtype), mask=mask)
 
 
-def _multiplier(z_ref, weight_ref, tile: _Tile, plan: Plan, settings, is_interpreted):
+class _Ring:
+    """The rows of a ring in memory: registers hold one at a time.
+
+    A program has its own part of it, near by in the cache.
+    """
+
+    def __init__(self, ref, tile: _Tile):
+        self.ref, self.tile = ref, tile
+
+    def __len__(self):
+        return self.ref.shape[0] // self.tile.num_rows
+
+    def __getitem__(self, j):
+        if j >= len(self):
+            raise IndexError
+        return self.tile.load(self.ref, j)
+
+
+def _put(ring: _Ring, slot, row, *, barrier):
+    # Which thread reads an element need not be the one that writes it.
+    barrier()
+    ring.tile.store(ring.ref, row, slot)
+    barrier()
+    return ring, ring
+
+
+def _multiplier(z_ref, weight_ref, tile: _Tile, plan: Plan, settings, barrier):
     """The function that multiplies iterates by the weights."""
-    width = tile.columns.size
     dot = ft.partial(
         lax.dot_general,
         dimension_numbers=(((1,), (1,)), ((), ())),
         precision=settings.precision,
         preferred_element_type=jnp.float32,
     )
-    features = jnp.arange(width, dtype=jnp.int32)
-    if plan.chunk >= width:
-        weight = _Tile(features, features, tile.d, tile.d).load(weight_ref)
+    if plan.chunk == plan.width:
+        weight = weight_ref[...]
         return lambda z: dot(z, weight)
 
-    barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
-
     def streamed(z):
-        # Through memory, since the parts of an array in registers cannot be told
-        # apart. A program reads what it wrote itself, once all of its threads have.
+        # Through memory, since a part of what is in registers cannot be had.
         barrier()
         tile.store(z_ref, z)
         barrier()
@@ -85,48 +104,75 @@ def _multiplier(z_ref, weight_ref, tile: _Tile, plan: Plan, settings, is_interpr
         def add(i, total):
             part = i * plan.chunk + jnp.arange(plan.chunk, dtype=jnp.int32)
             z_part = tile._replace(columns=part).load(z_ref)
-            weight = _Tile(features, part, tile.d, tile.d).load(weight_ref)
+            weight = weight_ref[:, pl.ds(i * plan.chunk, plan.chunk)]
             return total + dot(z_part, weight)
 
-        zero = jnp.zeros((tile.rows.size, width), jnp.float32)
-        return lax.fori_loop(0, width // plan.chunk, add, zero)
+        zero = jnp.zeros((plan.tile, plan.width), jnp.float32)
+        parts = jnp.int32(plan.width // plan.chunk)
+        return lax.fori_loop(jnp.int32(0), parts, add, zero)
 
     return streamed
 
 
+def _stepper(ring_refs, tile: _Tile, shape, dtype, settings, barrier):
+    """The function that takes a step, and the memory it starts with."""
+    m = settings.history_length
+    if m == 0:
+        return rules.damped, ()
+    rings = tuple(_Ring(ref, tile) for ref in ring_refs)
+    for ring in rings:
+        for j in range(m):
+            tile.store(ring.ref, jnp.zeros(shape, dtype), j)
+    memory = extrapolation.empty(((), ()), m, jnp.zeros(shape, jnp.float32))
+
+    # A loop carries no references.
+    def step(at, knobs, memory):
+        memory = memory._replace(d_residuals=rings[0], d_images=rings[1])
+        z, is_trial, memory = extrapolation.extrapolated(
+            at,
+            knobs,
+            memory,
+            put=ft.partial(_put, barrier=barrier),
+            is_damped=settings.is_damped,
+        )
+        return z, is_trial, memory._replace(d_residuals=(), d_images=())
+
+    return step, memory
+
+
 def _kernel(
-    knobs_ref, u_ref, z0_ref, scale_ref, weight_ref, z_ref, *figure_refs,
-    num_rows: int, settings: Settings, plan: Plan, is_interpreted: bool,
+    knobs_ref,
+    u_ref,
+    z0_ref,
+    scale_ref,
+    weight_ref,
+    z_ref,
+    *refs,
+    num_rows: int,
+    settings: Settings,
+    plan: Plan,
+    is_interpreted: bool,
 ):
     d = z0_ref.shape[1]
-    first = pl.program_id(0) * plan.tile
-    row_ids = first + jnp.arange(plan.tile, dtype=jnp.int32)
-    features = jnp.arange(pl.next_power_of_2(d), dtype=jnp.int32)
+    row_ids = pl.program_id(0) * plan.tile + jnp.arange(plan.tile, dtype=jnp.int32)
+    features = jnp.arange(plan.width, dtype=jnp.int32)
     tile = _Tile(row_ids, features, num_rows, d)
     knobs = Knobs(*(knobs_ref[i] for i in range(len(Knobs._fields))))
+    # An interpreter has neither threads nor a rule for it.
+    barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
     activation = in_kernel(settings.activation)
-    multiply = _multiplier(z_ref, weight_ref, tile, plan, settings, is_interpreted)
-    u = tile.load(u_ref).astype(jnp.float32)
+    multiply = _multiplier(z_ref, weight_ref, tile, plan, settings, barrier)
+    z0, u = tile.load(z0_ref), tile.load(u_ref).astype(jnp.float32)
     scale = None if scale_ref is None else tile.load(scale_ref).astype(jnp.float32)
-    z0 = tile.load(z0_ref)
 
     def image(z):
         if scale is not None:
             z = (z.astype(jnp.float32) * scale).astype(z.dtype)
-        f = activation(multiply(z) + u)
-        # A feature that only fills up the tile stays where it starts.
-        f = jnp.where(features[None, :] < d, f, 0)
+        # A feature that only fills up the tile stays at zero.
+        f = jnp.where(features[None, :] < d, activation(multiply(z) + u), 0)
         return f.astype(z.dtype).astype(jnp.float32)
 
-    m = settings.history_length
-    step, memory = rules.damped, ()
-    if m > 0:
-        step = ft.partial(
-            extrapolation.extrapolated, put=_put, is_damped=settings.is_damped
-        )
-        ring = (jnp.zeros(z0.shape, z0.dtype),) * m
-        like = jnp.zeros(z0.shape, jnp.float32)
-        memory = extrapolation.empty((ring, ring), m, like)
+    step, memory = _stepper(refs[3:], tile, z0.shape, z0.dtype, settings, barrier)
 
     def body(carry):
         num_steps, rows, memory = carry
@@ -141,7 +187,7 @@ def _kernel(
     z, residual = rules.finish(rows)
     tile.store(z_ref, z)
     figures = (rows.num_steps, residual, rows.status)
-    for ref, figure in zip(figure_refs, figures, strict=True):
+    for ref, figure in zip(refs[:3], figures, strict=True):
         figure = jnp.reshape(figure, row_ids.shape)
         plgpu.store(ref.at[row_ids], figure, mask=row_ids < num_rows)
 
@@ -154,35 +200,38 @@ def affine_fixed_point(
     knobs: Knobs,
     settings: Settings,
     *,
-    plan: Plan,
+    plan: Plan | None = None,
     interpret: Any = False,
-) -> tuple[Array, Array, Array, Array]:
-    num_rows = u.shape[0]
-    arrays = (jnp.stack(knobs).astype(jnp.float32), u, z0, scale, weight)
+) -> tuple[Array, ...]:
+    num_rows, d = u.shape
+    plan = plan_of(d, u.dtype, settings) if plan is None else plan
+    assert plan is not None
+    # The weights are small: rather a copy of them than masks on them in registers.
+    fill = (0, plan.width - d)
+    arrays = (jnp.stack(knobs).astype(jnp.float32), u, z0, scale)
+    arrays = (*arrays, jnp.pad(weight, (fill, fill)))
     axes = varying(*jtu.tree_leaves(arrays))
     arrays = jtu.tree_map(lambda x: to_vary(x, axes), arrays)
-    like = arrays[1]
-    return tuple(
-        pl.pallas_call(
-            ft.partial(
-                _kernel,
-                num_rows=num_rows,
-                settings=settings,
-                plan=plan,
-                is_interpreted=bool(interpret),
-            ),
-            grid=(pl.cdiv(num_rows, plan.tile),),
-            out_shape=[
-                struct_like(z0.shape, z0.dtype, like),
-                struct_like((num_rows,), jnp.int32, like),
-                struct_like((num_rows,), jnp.float32, like),
-                struct_like((num_rows,), jnp.int32, like),
-            ],
-            # Without these some versions of JAX take another backend.
-            compiler_params=plgpu.CompilerParams(
-                num_warps=plan.num_warps, num_stages=1
-            ),
-            interpret=interpret,
-            name="affine_fixed_point",
-        )(*arrays)
-    )
+    column = ft.partial(struct_like, (num_rows,), x=arrays[1])
+    m = settings.history_length
+    rings = [struct_like((m * num_rows, d), z0.dtype, arrays[1])] * (2 if m > 0 else 0)
+    out = pl.pallas_call(
+        ft.partial(
+            _kernel,
+            num_rows=num_rows,
+            settings=settings,
+            plan=plan,
+            is_interpreted=bool(interpret),
+        ),
+        grid=(pl.cdiv(num_rows, plan.tile),),
+        out_shape=[
+            struct_like(z0.shape, z0.dtype, arrays[1]),
+            *(column(dtype=dtype) for dtype in (jnp.int32, jnp.float32, jnp.int32)),
+            *rings,
+        ],
+        # Without these some versions of JAX take another backend.
+        compiler_params=plgpu.CompilerParams(num_warps=plan.num_warps, num_stages=1),
+        interpret=interpret,
+        name="affine_fixed_point",
+    )(*arrays)
+    return tuple(out[:4])
