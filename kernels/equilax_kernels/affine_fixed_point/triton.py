@@ -83,37 +83,6 @@ def _put(ring: _Ring, slot, row, *, barrier):
     return ring, ring
 
 
-def _multiplier(z_ref, weight_ref, tile: _Tile, plan: Plan, settings, barrier):
-    """The function that multiplies iterates by the weights."""
-    dot = ft.partial(
-        lax.dot_general,
-        dimension_numbers=(((1,), (1,)), ((), ())),
-        precision=settings.precision,
-        preferred_element_type=jnp.float32,
-    )
-    if plan.chunk == plan.width:
-        weight = weight_ref[...]
-        return lambda z: dot(z, weight)
-
-    def streamed(z):
-        # Through memory, since a part of what is in registers cannot be had.
-        barrier()
-        tile.store(z_ref, z)
-        barrier()
-
-        def add(i, total):
-            part = i * plan.chunk + jnp.arange(plan.chunk, dtype=jnp.int32)
-            z_part = tile._replace(columns=part).load(z_ref)
-            weight = weight_ref[:, pl.ds(i * plan.chunk, plan.chunk)]
-            return total + dot(z_part, weight)
-
-        zero = jnp.zeros((plan.tile, plan.width), jnp.float32)
-        parts = jnp.int32(plan.width // plan.chunk)
-        return lax.fori_loop(jnp.int32(0), parts, add, zero)
-
-    return streamed
-
-
 def _stepper(ring_refs, tile: _Tile, shape, dtype, settings, barrier):
     """The function that takes a step, and the memory it starts with."""
     m = settings.history_length
@@ -161,15 +130,22 @@ def _kernel(
     # An interpreter has neither threads nor a rule for it.
     barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
     activation = in_kernel(settings.activation)
-    multiply = _multiplier(z_ref, weight_ref, tile, plan, settings, barrier)
+    weight = weight_ref[...]
     z0, u = tile.load(z0_ref), tile.load(u_ref).astype(jnp.float32)
     scale = None if scale_ref is None else tile.load(scale_ref).astype(jnp.float32)
 
     def image(z):
         if scale is not None:
             z = (z.astype(jnp.float32) * scale).astype(z.dtype)
+        product = lax.dot_general(
+            z,
+            weight,
+            (((1,), (1,)), ((), ())),
+            precision=settings.precision,
+            preferred_element_type=jnp.float32,
+        )
         # A feature that only fills up the tile stays at zero.
-        f = jnp.where(features[None, :] < d, activation(multiply(z) + u), 0)
+        f = jnp.where(features[None, :] < d, activation(product + u), 0)
         return f.astype(z.dtype).astype(jnp.float32)
 
     step, memory = _stepper(refs[3:], tile, z0.shape, z0.dtype, settings, barrier)
