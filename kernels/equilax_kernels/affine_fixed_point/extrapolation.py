@@ -1,6 +1,6 @@
 """Anderson's step, of every row by itself: that of `equilax.Anderson`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -33,7 +33,7 @@ class Memory(NamedTuple):
 
 
 # Puts a row into a slot of a ring: the ring as it is then, and all its rows.
-Put = Callable[[Any, Array, Array], tuple[Any, Sequence[Array]]]
+Put = Callable[[Any, Array, Array], tuple[Any, Iterable[Array]]]
 
 
 def gram_size(history_length: int) -> int:
@@ -69,7 +69,7 @@ def _triangle(columns: Sequence[Array]) -> list[list[Array]]:
     return rows
 
 
-def _combine(weights: Sequence[Array], rows: Sequence[Array]) -> Array:
+def _combine(weights: Sequence[Array], rows: Iterable[Array]) -> Array:
     terms = [w * row.astype(w.dtype) for w, row in zip(weights, rows, strict=True)]
     return sum(terms[1:], terms[0])
 
@@ -77,8 +77,8 @@ def _combine(weights: Sequence[Array], rows: Sequence[Array]) -> Array:
 class _Rows(NamedTuple):
     """The rows of both rings, and the products of those of residuals with this one."""
 
-    residuals: Sequence[Array]
-    images: Sequence[Array]
+    residuals: Iterable[Array]
+    images: Iterable[Array]
     products: Sequence[Array]
 
 

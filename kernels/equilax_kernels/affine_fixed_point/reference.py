@@ -28,16 +28,8 @@ def affine_fixed_point(
     dtype = jnp.result_type(knobs.rtol)
     activation = settings.activation or (lambda x: x)
 
-    def image(z):
-        z = z if scale is None else z * scale
-        product = lax.dot_general(
-            z,
-            weight,
-            (((1,), (1,)), ((), ())),
-            precision=settings.precision,
-            preferred_element_type=dtype,
-        )
-        return activation(product + u.astype(dtype)).astype(z0.dtype).astype(dtype)
+    def fn(z):
+        return rules.image(z, weight, u, scale, activation, settings.precision, dtype)
 
     def begin():
         rows = rules.start(z0, jnp.full((z0.shape[0], 1), True), dtype)
@@ -57,7 +49,7 @@ def affine_fixed_point(
     def body(carry):
         num_steps, rows, memory = carry
         rows, memory = rules.advance(
-            rows, memory, num_steps, image, step, knobs, settings.max_steps
+            rows, memory, num_steps, fn, step, knobs, settings.max_steps
         )
         return num_steps + 1, rows, memory
 

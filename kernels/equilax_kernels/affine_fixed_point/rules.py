@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
 from .activations import Activation
@@ -78,6 +79,29 @@ class Evaluation(NamedTuple):
     is_finite: Bool[Array, "rows 1"]
     is_trial: Bool[Array, "rows 1"]
     num_steps: Int[Array, ""]
+
+
+def image(
+    z: Float[Array, "rows d"],
+    weight: Float[Array, "d d"],
+    u: Float[Array, "rows d"],
+    scale: Float[Array, "rows d"] | None,
+    activation: Callable[[Array], Array],
+    precision: Any,
+    dtype: Any,
+) -> Float[Array, "rows d"]:
+    """The map, added up in `dtype` and rounded to that of `z`."""
+    if scale is not None:
+        z = (z.astype(dtype) * scale.astype(dtype)).astype(z.dtype)
+    product = lax.dot_general(
+        z,
+        weight,
+        (((1,), (1,)), ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
+    )
+    f = activation(product + u.astype(dtype))
+    return f.astype(z.dtype).astype(dtype)
 
 
 def largest(x: Float[Array, "rows d"]) -> Float[Array, "rows 1"]:
@@ -173,7 +197,7 @@ def advance(
     rows: Rows,
     memory: Any,
     num_steps: Int[Array, ""],
-    image: Callable[[Array], Array],
+    fn: Callable[[Array], Array],
     step: Callable[[Evaluation, Knobs, Any], tuple[Array, Array, Any]],
     knobs: Knobs,
     max_steps: int,
@@ -182,11 +206,11 @@ def advance(
 
     **Arguments:**
 
-    - `image`: Maps the iterates to their images, wide but rounded to the dtype of `z`.
+    - `fn`: Maps the iterates to their images, as [`image`][] does.
     - `step`: Maps an evaluation and a memory to the next iterates, whether they are
         trials, and the next memory, which is of no use to rows that have ended.
     """
-    f = image(rows.z)
+    f = fn(rows.z)
     seen, at = judge(rows, rows.z.astype(f.dtype), f, num_steps, knobs, max_steps)
     z, is_trial, memory = step(at, knobs, memory)
     proceed = is_live(seen)

@@ -17,7 +17,8 @@ MAX_HISTORY = 5
 
 def resolved(precision: lax.Precision | None) -> Any:
     """The precision of a product that asks for none: that which the user has set."""
-    name = jax.config.jax_default_matmul_precision
+    config: Any = jax.config
+    name = config.jax_default_matmul_precision
     if precision is not None or name is None:
         return lax.Precision.DEFAULT if precision is None else precision
     try:

@@ -77,14 +77,16 @@ class _Scratch(NamedTuple):
     memory: Any
 
 
-def _scratch(z0: Any, tile: int, m: int) -> _Scratch:
+def _scratch(z0: Any, tile: int, m: int) -> Any:
+    """A `_Scratch` of what to allocate."""
     d = z0.shape[1]
-    block, wide = pltpu.VMEM((tile, d), z0.dtype), pltpu.VMEM((tile, d), jnp.float32)
-    real, whole = (pltpu.VMEM((tile, 1), t) for t in (jnp.float32, jnp.int32))
+    vmem: Any = pltpu.VMEM
+    block, wide = vmem((tile, d), z0.dtype), vmem((tile, d), jnp.float32)
+    real, whole = (vmem((tile, 1), dtype) for dtype in (jnp.float32, jnp.int32))
     rows = Rows(block, block, whole, whole, real, real, real, whole, whole)
     if m == 0:
         return _Scratch(rows, ())
-    ring = pltpu.VMEM((m, tile, d), z0.dtype)
+    ring = vmem((m, tile, d), z0.dtype)
     gram = (real,) * extrapolation.gram_size(m)
     return _Scratch(rows, Memory(ring, ring, gram, whole, wide, wide, real))
 
@@ -125,20 +127,10 @@ def _solve_tile(u_ref, scale_ref, weight_ref, scratch, knobs, settings):
     is_single = weight_ref.dtype == jnp.float32
     precision = settings.precision if is_single else lax.Precision.DEFAULT
 
-    def image(z):
-        if scale_ref is not None:
-            z = (z.astype(jnp.float32) * scale_ref[...].astype(jnp.float32)).astype(
-                z.dtype
-            )
-        product = lax.dot_general(
-            z,
-            weight_ref[...],
-            (((1,), (1,)), ((), ())),
-            precision=precision,
-            preferred_element_type=jnp.float32,
-        )
-        f = activation(product + u_ref[...].astype(jnp.float32))
-        return f.astype(z.dtype).astype(jnp.float32)
+    def fn(z):
+        scale = None if scale_ref is None else scale_ref[...]
+        weight, u = weight_ref[...], u_ref[...]
+        return rules.image(z, weight, u, scale, activation, precision, jnp.float32)
 
     step = rules.damped
     if settings.history_length > 0:
@@ -152,7 +144,7 @@ def _solve_tile(u_ref, scale_ref, weight_ref, scratch, knobs, settings):
             _read(scratch.rows),
             _read_memory(scratch.memory),
             num_steps,
-            image,
+            fn,
             step,
             knobs,
             settings.max_steps,
@@ -211,10 +203,11 @@ def affine_fixed_point(
     knobs: Knobs,
     settings: Settings,
     *,
+    tile: int | None = None,
     interpret: Any = False,
 ) -> tuple[Array, Array, Array, Array]:
     num_rows, d = u.shape
-    tile = tile_of(num_rows)
+    tile = tile_of(num_rows) if tile is None else tile
     num_tiles = pl.cdiv(num_rows, tile)
     arrays = (jnp.stack(knobs).astype(jnp.float32), u, z0, scale, weight)
     axes = varying(*jtu.tree_leaves(arrays))

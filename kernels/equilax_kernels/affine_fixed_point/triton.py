@@ -66,13 +66,9 @@ class _Ring:
     def __init__(self, ref, tile: _Tile):
         self.ref, self.tile = ref, tile
 
-    def __len__(self):
-        return self.ref.shape[0] // self.tile.num_rows
-
-    def __getitem__(self, j):
-        if j >= len(self):
-            raise IndexError
-        return self.tile.load(self.ref, j)
+    def __iter__(self):
+        size = self.ref.shape[0] // self.tile.num_rows
+        return (self.tile.load(self.ref, j) for j in range(size))
 
 
 def _put(ring: _Ring, slot, row, *, barrier):
@@ -131,29 +127,21 @@ def _kernel(
     barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
     activation = in_kernel(settings.activation)
     weight = weight_ref[...]
-    z0, u = tile.load(z0_ref), tile.load(u_ref).astype(jnp.float32)
-    scale = None if scale_ref is None else tile.load(scale_ref).astype(jnp.float32)
+    z0, u = tile.load(z0_ref), tile.load(u_ref)
+    scale = None if scale_ref is None else tile.load(scale_ref)
 
-    def image(z):
-        if scale is not None:
-            z = (z.astype(jnp.float32) * scale).astype(z.dtype)
-        product = lax.dot_general(
-            z,
-            weight,
-            (((1,), (1,)), ((), ())),
-            precision=settings.precision,
-            preferred_element_type=jnp.float32,
-        )
+    def fn(z):
+        precision = settings.precision
+        f = rules.image(z, weight, u, scale, activation, precision, jnp.float32)
         # A feature that only fills up the tile stays at zero.
-        f = jnp.where(features[None, :] < d, activation(product + u), 0)
-        return f.astype(z.dtype).astype(jnp.float32)
+        return jnp.where(features[None, :] < d, f, 0)
 
     step, memory = _stepper(refs[3:], tile, z0.shape, z0.dtype, settings, barrier)
 
     def body(carry):
         num_steps, rows, memory = carry
         rows, memory = rules.advance(
-            rows, memory, num_steps, image, step, knobs, settings.max_steps
+            rows, memory, num_steps, fn, step, knobs, settings.max_steps
         )
         return num_steps + 1, rows, memory
 
