@@ -48,7 +48,7 @@ BACKENDS = {
 }
 
 
-def run(
+def solve_on(
     backend: str,
     weight,
     u,
@@ -63,14 +63,18 @@ def run(
     history_length=0,
     dtype: Any = jnp.float32,
 ) -> RowSolution:
-    """The solution by `backend`, as numpy arrays."""
+    """The solution by `backend`."""
     cast = lambda x: None if x is None else jnp.asarray(x, dtype)
     weight, u, scale = map(cast, (weight, u, scale))
-    z0 = jnp.zeros(u.shape, dtype) if z0 is None else cast(z0)
+    z0 = jnp.zeros_like(u) if z0 is None else cast(z0)
     knobs = Knobs(*(jnp.float32(x) for x in (rtol, atol, damp, 1e-10, 2.0)))
     settings = Settings(
         activation, max_steps, history_length, damp != 0, lax.Precision.HIGHEST
     )
-    solve = lambda *arrays: BACKENDS[backend](settings, *arrays)
-    out = jax.jit(solve)(weight, u, z0, scale, knobs)
-    return RowSolution(*map(np.asarray, out))
+    solve = jax.jit(lambda *arrays: BACKENDS[backend](settings, *arrays))
+    return RowSolution(*solve(weight, u, z0, scale, knobs))
+
+
+def run(*args, **options) -> RowSolution:
+    """The same as numpy arrays, which no transformation sees."""
+    return RowSolution(*map(np.asarray, solve_on(*args, **options)))

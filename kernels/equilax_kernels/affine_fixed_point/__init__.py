@@ -167,7 +167,7 @@ def affine_fixed_point(
     scale = None if scale is None else jnp.asarray(scale)
     check_implementation(implementation)
     _check(weight, u, z0, scale, max_steps, history_length)
-    wide = jnp.promote_types(u.dtype, jnp.float32)
+    wide = u.dtype if jnp.finfo(u.dtype).bits > 32 else jnp.dtype(jnp.float32)
     knobs = (jnp.asarray(x, wide) for x in (rtol, atol, damp, ridge, safeguard))
     is_damped = not (isinstance(damp, (int, float)) and damp == 0)
     settings = Settings(

@@ -51,9 +51,11 @@ def affine_fixed_point(
         rows, memory = rules.advance(
             rows, memory, num_steps, fn, step, knobs, settings.max_steps
         )
-        return num_steps + 1, rows, memory
+        return vary((num_steps + 1, rows, memory))
 
-    carry = jax.tree.map(lambda x: to_vary(x, axes), begin())
-    _, rows, _ = lax.while_loop(lambda c: rules.any_live(c[1]), body, carry)
+    # Devices take different numbers of steps: all of a carry differs between them.
+    vary = lambda carry: jax.tree.map(lambda x: to_vary(x, axes), carry)
+    going_on = lambda carry: jnp.any(rules.is_live(carry[1]))
+    _, rows, _ = lax.while_loop(going_on, body, vary(begin()))
     z, residual = rules.finish(rows)
     return z, rows.num_steps[:, 0], residual[:, 0], rows.status[:, 0]

@@ -105,6 +105,9 @@ def image(
 
 
 def largest(x: Float[Array, "rows d"]) -> Float[Array, "rows 1"]:
+    """The maximum of what is not negative: zero where there are no features."""
+    if x.shape[1] == 0:
+        return jnp.zeros((x.shape[0], 1), x.dtype)
     return jnp.max(x, axis=1, keepdims=True)
 
 
