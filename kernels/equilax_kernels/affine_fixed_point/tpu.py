@@ -212,19 +212,23 @@ def affine_fixed_point(
     arrays = (jnp.stack(knobs).astype(jnp.float32), u, z0, scale, weight)
     axes = varying(*jtu.tree_leaves(arrays))
     arrays = jtu.tree_map(lambda x: to_vary(x, axes), arrays)
-    rows = pl.BlockSpec((tile, d), lambda i: (i, 0))
-    whole = pl.BlockSpec((d, d), lambda i: (0, 0))
+    # A zero of Python's is 64 bits wide where the user has asked for that.
+    scalars = pl.BlockSpec(
+        (len(knobs),), lambda i: (jnp.int32(0),), memory_space=pltpu.SMEM
+    )
+    rows = pl.BlockSpec((tile, d), lambda i: (i, jnp.int32(0)))
+    whole = pl.BlockSpec((d, d), lambda i: (jnp.int32(0), jnp.int32(0)))
     z, stats = pl.pallas_call(
         ft.partial(_kernel, num_rows=num_rows, settings=settings),
         grid=(num_tiles,),
         in_specs=[
-            pl.BlockSpec(memory_space=pltpu.SMEM),
+            scalars,
             rows,
             rows,
             None if scale is None else rows,
             whole,
         ],
-        out_specs=[rows, pl.BlockSpec((_SUBLANES, tile), lambda i: (0, i))],
+        out_specs=[rows, pl.BlockSpec((_SUBLANES, tile), lambda i: (jnp.int32(0), i))],
         out_shape=[
             struct_like(z0.shape, z0.dtype, arrays[1]),
             struct_like((_SUBLANES, num_tiles * tile), jnp.int32, arrays[1]),
