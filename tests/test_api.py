@@ -56,7 +56,7 @@ _NAMES = {
     "two_norm",
 }
 _NN_NAMES = {"AffineCell", "FixedPointLayer"}
-_KERNEL_NAMES = {"max_residual", "spd_solve"}
+_KERNEL_NAMES = {"affine_fixed_point", "max_residual", "spd_solve"}
 _PUBLIC = {name: getattr(eqlx, name) for name in sorted(_NAMES - {"nn"})}
 _PUBLIC |= {f"nn.{name}": getattr(eqlx.nn, name) for name in sorted(_NN_NAMES)}
 _PUBLIC |= {name: getattr(equilax_kernels, name) for name in sorted(_KERNEL_NAMES)}

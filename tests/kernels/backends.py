@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from equilax_kernels.affine_fixed_point import reference, RowSolution, tpu, triton
 from equilax_kernels.affine_fixed_point.rules import Knobs, Settings
 from equilax_kernels.affine_fixed_point.triton_plan import Plan
@@ -21,12 +20,12 @@ STRICT = pltpu.InterpretParams(detect_races=True, uninitialized_memory="nan")
 
 
 def _reference(settings, *arrays):
-    return reference.affine_fixed_point(*arrays, settings)
+    return reference.affine_fixed_point(*arrays, settings=settings)
 
 
 def _tpu(settings, *arrays, interpret: Any = True):
     return tpu.affine_fixed_point(
-        *arrays, settings, tile=_TPU_TILE, interpret=interpret
+        *arrays, settings=settings, tile=_TPU_TILE, interpret=interpret
     )
 
 
@@ -37,7 +36,9 @@ def _tpu_strict(settings, *arrays):
 def _triton(settings, *arrays):
     width = 1 << (arrays[1].shape[1] - 1).bit_length()
     plan = Plan(_TRITON_TILE, 4, width)
-    return triton.affine_fixed_point(*arrays, settings, plan=plan, interpret=True)
+    return triton.affine_fixed_point(
+        *arrays, settings=settings, plan=plan, interpret=True
+    )
 
 
 BACKENDS = {
@@ -64,9 +65,9 @@ def solve_on(
     dtype: Any = jnp.float32,
 ) -> RowSolution:
     """The solution by `backend`."""
-    cast = lambda x: None if x is None else jnp.asarray(x, dtype)
-    weight, u, scale = map(cast, (weight, u, scale))
-    z0 = jnp.zeros_like(u) if z0 is None else cast(z0)
+    weight, u = jnp.asarray(weight, dtype), jnp.asarray(u, dtype)
+    scale = None if scale is None else jnp.asarray(scale, dtype)
+    z0 = jnp.zeros_like(u) if z0 is None else jnp.asarray(z0, dtype)
     knobs = Knobs(*(jnp.float32(x) for x in (rtol, atol, damp, 1e-10, 2.0)))
     settings = Settings(
         activation, max_steps, history_length, damp != 0, lax.Precision.HIGHEST
@@ -77,4 +78,4 @@ def solve_on(
 
 def run(*args, **options) -> RowSolution:
     """The same as numpy arrays, which no transformation sees."""
-    return RowSolution(*map(np.asarray, solve_on(*args, **options)))
+    return jax.device_get(solve_on(*args, **options))
