@@ -33,7 +33,7 @@ _H100 = Path(__file__).parent / "h100.txtpb"
 _ACTIVATIONS = (jax.nn.softplus, jax.nn.gelu, None, jnp.tanh, jax.nn.relu)
 
 
-def _devices(target: str):
+def devices(target: str):
     if target in _TPUS:
         topology = topologies.get_topology_desc(
             platform="tpu", topology_name=_TPUS[target]
@@ -45,7 +45,7 @@ def _devices(target: str):
     return topology.devices
 
 
-def _lowering(target: str):
+def lowering(target: str):
     """What has to be around a lowering: some versions of JAX ask a GPU for its name."""
     if target in _TPUS:
         return contextlib.nullcontext()
@@ -112,12 +112,12 @@ def _facts(text: str, spec: specs.Spec) -> dict:
     }
 
 
-def _compile(target: str, spec: specs.Spec, activation: Any, devices) -> dict:
-    mesh = Mesh(np.array(devices), ("rows",), axis_types=(AxisType.Auto,))
-    rows, whole = P("rows") if len(devices) > 1 else P(), P()
+def _compile(target: str, spec: specs.Spec, activation: Any, chips) -> dict:
+    mesh = Mesh(np.array(chips), ("rows",), axis_types=(AxisType.Auto,))
+    rows, whole = P("rows") if len(chips) > 1 else P(), P()
     solve = _solver(spec, activation)
     in_specs = (whole, rows, rows, rows, whole)
-    if len(devices) > 1:
+    if len(chips) > 1:
         solve = jax.shard_map(solve, mesh=mesh, in_specs=in_specs, out_specs=rows)
 
     # Row-major, as what goes before or after would have it. Left to itself the compiler
@@ -132,30 +132,30 @@ def _compile(target: str, spec: specs.Spec, activation: Any, devices) -> dict:
     weight = struct((spec.d, spec.d), spec.dtype, whole)
     scale = state if spec.is_scaled else None
     tolerance = struct((), jnp.float32, whole)
-    with _lowering(target):
+    with lowering(target):
         run = jax.jit(
             solve, out_shardings=(layout(state.shape, rows), None, None, None)
         )
         lowered = run.lower(weight, state, state, scale, tolerance)
-    local = spec._replace(rows=spec.rows // len(devices))
+    local = spec._replace(rows=spec.rows // len(chips))
     return _facts(str(lowered.compile().as_text()), local)
 
 
 def main(target: str) -> None:
-    devices = _devices(target)
+    chips = devices(target)
     own = specs.COMPILED_FOR_TPU if target in _TPUS else specs.COMPILED_FOR_TRITON
-    cases = [(spec, devices[:1]) for spec in specs.COMPILED + own]
-    cases.append((specs.COMPILED[0], devices))
-    for i, (spec, devices) in enumerate(cases):
+    cases = [(spec, chips[:1]) for spec in specs.COMPILED + own]
+    cases.append((specs.COMPILED[0], chips))
+    for i, (spec, some) in enumerate(cases):
         activation = _ACTIVATIONS[i % len(_ACTIVATIONS)]
         dtype = jnp.dtype(spec.dtype).name
         found: dict = {
             "spec": spec._replace(dtype=dtype, precision=spec.precision.name)._asdict(),
             "activation": getattr(activation, "__name__", None),
-            "num_devices": len(devices),
+            "num_devices": len(some),
         }
         try:
-            found |= _compile(target, spec, activation, devices)
+            found |= _compile(target, spec, activation, some)
         except Exception as error:  # Reported, and the others still compiled.
             found["error"] = f"{type(error).__name__}: {error}"[:2000]
         print("FOUND", json.dumps(found), flush=True)

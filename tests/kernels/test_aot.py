@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
-from equilax_kernels.affine_fixed_point import tpu
+from equilax_kernels.affine_fixed_point import tpu_plan
 
 
 # Target: the package that compiles for it, the flags of XLA, double precision or not.
@@ -34,11 +34,10 @@ def _need(package: str) -> None:
         pytest.skip(message)
 
 
-def _compiled(target: str) -> list[dict]:
-    package, flags, is_double = _TARGETS[target]
-    _need(package)
-    root = Path(__file__).parents[2]
-    environment = os.environ | {
+def environment(target: str) -> dict[str, str]:
+    """What a program that compiles for `target` must find in its environment."""
+    _, flags, is_double = _TARGETS[target]
+    return {
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
         "JAX_ENABLE_X64": is_double,
         "JAX_PLATFORMS": "cpu",
@@ -46,10 +45,14 @@ def _compiled(target: str) -> list[dict]:
         "TPU_SKIP_MDS_QUERY": "1",
         "XLA_FLAGS": flags,
     }
+
+
+def _compiled(target: str) -> list[dict]:
+    _need(_TARGETS[target][0])
     done = subprocess.run(
         [sys.executable, "-m", "tests.kernels.aot", target],
-        cwd=root,
-        env=environment,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment(target),
         capture_output=True,
         text=True,
         timeout=300,
@@ -75,7 +78,7 @@ def test_each_kernel_compiles_and_is_all_there_is(target):
         assert (case["collectives"], case["moves"]) == ([], []), case
         if target != "h100":
             spec = case["spec"]
-            estimate = tpu.vmem_bytes(
+            estimate = tpu_plan.vmem_bytes(
                 spec["rows"] // case["num_devices"],
                 spec["d"],
                 jnp.dtype(spec["dtype"]),

@@ -15,42 +15,7 @@ from . import extrapolation, rules, support
 from .activations import in_kernel
 from .extrapolation import Memory
 from .rules import Knobs, Rows, Settings
-
-
-_LANES = 128
-_SUBLANES = 8
-# As many rows as the matrix unit is high.
-_TILE = 128
-# Of the 64 MiB and more that a core has on the generations that tests compile for.
-_VMEM_BYTES = 48 * 2**20
-
-
-def _padded(rows: int, columns: int, dtype: Any) -> int:
-    """The bytes of an array in VMEM, where it fills up registers."""
-    columns = pl.cdiv(columns, _LANES) * _LANES
-    return pl.cdiv(rows, _SUBLANES) * _SUBLANES * columns * jnp.dtype(dtype).itemsize
-
-
-def tile_of(num_rows: int) -> int:
-    return min(_TILE, pl.cdiv(max(num_rows, 1), _SUBLANES) * _SUBLANES)
-
-
-def vmem_bytes(
-    num_rows: int, d: int, dtype: Any, *, is_scaled: bool, history_length: int
-) -> int:
-    """What a tile needs: weights and blocks twice, since they are fetched ahead."""
-    tile, m = tile_of(num_rows), history_length
-    block, wide = _padded(tile, d, dtype), _padded(tile, d, jnp.float32)
-    column = _padded(tile, 1, jnp.float32)
-    blocks = 2 * (3 + is_scaled) * block + 2 * _padded(d, d, dtype)
-    stats = 2 * _padded(_SUBLANES, tile, jnp.float32) + _padded(tile, _LANES, "float32")
-    # The image, the residual and what else one pass holds at a time.
-    temporaries = 6 * wide
-    total = blocks + stats + temporaries + block + 7 * column
-    if m > 0:
-        gram = extrapolation.gram_size(m)
-        total += 2 * m * block + 2 * wide + 2 * (gram + 2 + 2 * m) * column
-    return total
+from .tpu_plan import LANES, SUBLANES, tile_of, VMEM_BYTES, vmem_bytes
 
 
 def unsupported(weight: Any, u: Any, scale: Any, settings: Settings) -> str | None:
@@ -67,8 +32,8 @@ def unsupported(weight: Any, u: Any, scale: Any, settings: Settings) -> str | No
         is_scaled=scale is not None,
         history_length=settings.history_length,
     )
-    if needed > _VMEM_BYTES:
-        return f"a tile needs {needed} bytes of VMEM, more than {_VMEM_BYTES}"
+    if needed > VMEM_BYTES:
+        return f"a tile needs {needed} bytes of VMEM, more than {VMEM_BYTES}"
     return None
 
 
@@ -187,12 +152,12 @@ def _kernel(
     z, residual = rules.finish(rows)
     z_ref[...] = z
     # One row of the output a figure: a column would be as large as the state in HBM.
-    lane = lax.broadcasted_iota(jnp.int32, (tile, _LANES), 1)
+    lane = lax.broadcasted_iota(jnp.int32, (tile, LANES), 1)
     bits = lax.bitcast_convert_type(residual, jnp.int32)
     figures = jnp.where(
         lane == 0, bits, jnp.where(lane == 1, rows.num_steps, rows.status)
     )
-    stats_ref[...] = jnp.transpose(figures)[:_SUBLANES]
+    stats_ref[...] = jnp.transpose(figures)[:SUBLANES]
 
 
 def affine_fixed_point(
@@ -228,14 +193,14 @@ def affine_fixed_point(
             None if scale is None else rows,
             whole,
         ],
-        out_specs=[rows, pl.BlockSpec((_SUBLANES, tile), lambda i: (jnp.int32(0), i))],
+        out_specs=[rows, pl.BlockSpec((SUBLANES, tile), lambda i: (jnp.int32(0), i))],
         out_shape=[
             struct_like(z0.shape, z0.dtype, arrays[1]),
-            struct_like((_SUBLANES, num_tiles * tile), jnp.int32, arrays[1]),
+            struct_like((SUBLANES, num_tiles * tile), jnp.int32, arrays[1]),
         ],
         scratch_shapes=[_scratch(z0, tile, settings.history_length)],
         compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",), vmem_limit_bytes=_VMEM_BYTES
+            dimension_semantics=("parallel",), vmem_limit_bytes=VMEM_BYTES
         ),
         interpret=interpret,
         name="affine_fixed_point",
