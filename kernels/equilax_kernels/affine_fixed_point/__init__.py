@@ -158,13 +158,13 @@ def affine_fixed_point(
     a batch of weights by the reference. It has no derivative.
 
     Cost: a row of `n` steps takes `(n + 1) * d * d` multiplications, and waits for the
-    slowest of its tile: 128 rows on TPU, and on an H100 from 64 rows of up to 64
-    features to 8 with a history. Bytes: `u`, `z0` and `scale` are read once and `value`
-    is written once, with 32 bytes of figures a row on TPU and 12 on a GPU. The weights
-    are read once a solve on TPU and once a tile on a GPU. A step moves nothing, where
-    in XLA's loop it is 8 (TPU v5e) or 10 (H100) times the state, and with a history of
-    5 it is 32 or 41. But on a GPU the history is in memory: a step reads it once and
-    writes two rows, 12 times the state, close by in the cache.
+    slowest of its tile: 128 rows on TPU, 8 to 64 on a GPU. Bytes: `u`, `z0` and `scale`
+    are read once and `value` is written once, with 32 bytes of figures a row on TPU and
+    12 on a GPU. The weights are read once a solve on TPU and once a tile on a GPU. A
+    step moves nothing, where in XLA's loop it is 8 (TPU v5e) or 10 (H100) times the
+    state, and with a history of 5 it is 32 or 41. But on a GPU the history is in
+    memory: a step reads it once and writes two rows, 12 times the state, close by in
+    the cache.
 
     Kernels take float32 and bfloat16, added up in float32; histories of up to 5; and on
     a GPU up to 128 features, without a history in bfloat16 up to 256. On TPU all must

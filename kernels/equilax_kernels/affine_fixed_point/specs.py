@@ -41,6 +41,9 @@ COMPILED = (
     Spec(1001, 128, history_length=5, is_scaled=True),
     Spec(1001, 100, jnp.bfloat16, history_length=5, precision=_DEFAULT),
     Spec(4096, 64, is_scaled=True, precision=_DEFAULT),
+    Spec(1001, 32),
+    Spec(1001, 50, is_scaled=True),
+    Spec(1001, 50, history_length=5, precision=_DEFAULT),
     Spec(5, 20, is_scaled=True),
     Spec(1, 1),
 )

@@ -26,9 +26,9 @@ class Plan(NamedTuple):
 # The smallest operand of a product.
 _LEAST = 16
 # By the widths up to which they hold: tile and warps. Each was compiled for an H100
-# with register spills as errors, by JAX 0.10.2 and 0.11.2. All of the
-# weights must fit on chip: fetched in parts in every step, to tiles of 16 rows of 256
-# features, they are 16 KiB a row, and XLA's loop moves 10.
+# with register spills as errors, by JAX 0.10.2 and 0.11.2. All of the weights must fit
+# on chip: fetched in parts in every step, to tiles of 16 rows of 256 features, they are
+# 16 KiB a row, and XLA's loop moves 10.
 _SINGLE = {32: (16, 4), 64: (16, 16), 128: (8, 8)}
 _SINGLE_ON_TENSOR_CORES = {64: (64, 8), 128: (32, 8)}
 _HALF = {64: (64, 8), 128: (32, 8), 256: (16, 8)}
