@@ -1,4 +1,5 @@
 import equilax as eqlx
+import equilax_kernels
 import equinox as eqx
 import jax
 import jax.numpy as jnp
@@ -281,6 +282,35 @@ def test_ends_as_the_library_does(getkey, backend, dtype, m, damp):
     assert np.abs(out.num_steps - sol.stats["num_steps"]).max() <= 1
     fine = np.arange(9) != 4
     assert np.allclose(out.value[fine], sol.value[fine], atol=3 * tolerance)
+
+
+@pytest.mark.parametrize(("m", "damp"), [(1, 0.0), (3, 0.2), (5, 0.0)])
+def test_far_from_the_solution_each_step_is_the_librarys(getkey, m, damp):
+    # A gain of three, so that steps are taken back and histories begun anew. In double
+    # precision twelve of them leave rounding errors small.
+    weight, u, _ = map(jnp.asarray, _problem(getkey(), 12, 8, gain=3.0))
+    solver = eqlx.Anderson(1e-6, 1e-6, history_length=m, damp=damp)
+    cell = lambda z, x: jnp.tanh(weight @ z + x)
+
+    @eqx.filter_vmap
+    def solve(x):
+        zero = jnp.zeros_like(x)
+        return eqlx.fixed_point(cell, solver, zero, x, max_steps=12, throw=False)
+
+    sol = solve(u)
+    out = equilax_kernels.affine_fixed_point(
+        weight,
+        u,
+        jnp.zeros_like(u),
+        activation=jnp.tanh,
+        rtol=1e-6,
+        atol=1e-6,
+        max_steps=12,
+        damp=damp,
+        history_length=m,
+    )
+    assert out.num_steps.tolist() == sol.stats["num_steps"].tolist()
+    assert jnp.allclose(out.value, sol.value, rtol=0, atol=1e-7)
 
 
 @every_backend

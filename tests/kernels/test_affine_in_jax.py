@@ -154,11 +154,13 @@ def test_the_precision_the_user_has_set_is_what_counts():
         _solve(weight, u, implementation="triton")
 
 
-def test_the_largest_sizes():
+@pytest.mark.parametrize("precision", [lax.Precision.DEFAULT, lax.Precision.HIGHEST])
+def test_the_largest_sizes(precision):
     zeros = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
     refused = {"tpu": (5, 4096), "triton": (5, 129)}
     for name, shape in refused.items():
-        solve = lambda w, u, name=name: _solve(w, u, implementation=name)
+        options = {"implementation": name, "precision": precision}
+        solve = lambda w, u, options=options: _solve(w, u, **options)
         with pytest.raises(ValueError, match="VMEM|registers"):
             jax.eval_shape(solve, zeros(shape[1], shape[1]), zeros(*shape))
     solve = lambda w, u: _solve(w, u)
