@@ -58,7 +58,7 @@ _NAMES = {
 }
 _NN_NAMES = {"AffineCell", "FixedPointLayer"}
 _SHARDING_NAMES = {"shard_vmap"}
-_KERNEL_NAMES = {"max_residual", "spd_solve"}
+_KERNEL_NAMES = {"affine_fixed_point", "max_residual", "spd_solve"}
 _PUBLIC = {name: getattr(eqlx, name) for name in sorted(_NAMES - {"nn", "sharding"})}
 _PUBLIC |= {f"nn.{name}": getattr(eqlx.nn, name) for name in sorted(_NN_NAMES)}
 _PUBLIC |= {f"sharding.{n}": getattr(eqlx.sharding, n) for n in _SHARDING_NAMES}

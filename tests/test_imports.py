@@ -103,7 +103,7 @@ def test_init_files_only_re_export():
 
 
 def test_kernels_know_arrays_alone():
-    allowed = {"collections", "functools", "jax", "jaxtyping", "math", "typing"}
+    allowed = {"collections", "enum", "functools", "jax", "jaxtyping", "math", "typing"}
     for path in _KERNELS.rglob("*.py"):
         for level, module, _ in _imports(path):
             assert level > 0 or (module and module.split(".")[0] in allowed), path

@@ -7,7 +7,14 @@ def spd_solve(
 ) -> Float[Array, " m"]:
     size = vector.shape[0]
     rows = [[matrix[i, j] for j in range(i + 1)] for i in range(size)]
-    x = [vector[i] for i in range(size)]
+    return jnp.stack(solve_written_out(rows, [vector[i] for i in range(size)], floor))
+
+
+def solve_written_out(
+    rows: list[list[Array]], x: list[Array], floor: Float[Array, ""]
+) -> list[Array]:
+    """The same for the lower triangle as lists of arrays of one shape, a batch."""
+    rows, x, size = [list(row) for row in rows], list(x), len(x)
     # Cholesky's factor, row by row, and the forward substitution beside it. A pivot
     # that rounding has pushed to zero or below is a direction without information: with
     # an infinite pivot it takes no part.
@@ -27,4 +34,4 @@ def spd_solve(
         for k in range(i + 1, size):
             x[i] = x[i] - rows[k][i] * x[k]
         x[i] = x[i] / rows[i][i]
-    return jnp.stack(x)
+    return x

@@ -1,0 +1,88 @@
+"""Every kernel, compiled for devices that nobody has at hand, and what it became."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import pytest
+from equilax_kernels.affine_fixed_point import tpu_plan
+
+
+# Target: the package that compiles for it, the flags of XLA, double precision or not.
+_TARGETS = {
+    "v5e": ("libtpu", "", "0"),
+    "v6e": ("libtpu", "", "1"),
+    # There is no device to tune on, and a register that spills is an error.
+    "h100": (
+        "jax_cuda12_plugin",
+        "--xla_gpu_autotune_level=0 "
+        "--xla_gpu_fail_ptx_compilation_on_register_spilling=true",
+        "1",
+    ),
+}
+
+
+def _need(package: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        message = f"{package} is not installed: `pip install --group kernels` has it"
+        if os.environ.get("CI"):
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+def environment(target: str) -> dict[str, str]:
+    """What a program that compiles for `target` must find in its environment."""
+    _, flags, is_double = _TARGETS[target]
+    return {
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+        "JAX_ENABLE_X64": is_double,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",
+        "TPU_SKIP_MDS_QUERY": "1",
+        "XLA_FLAGS": flags,
+    }
+
+
+def _compiled(target: str) -> list[dict]:
+    _need(_TARGETS[target][0])
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.kernels.aot", target],
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment(target),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("FOUND ")]
+    return [json.loads(line.removeprefix("FOUND ")) for line in lines]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", list(_TARGETS))
+def test_each_kernel_compiles_and_is_all_there_is(target):
+    name = "__gpu$xla.gpu.triton" if target == "h100" else "tpu_custom_call"
+    found = _compiled(target)
+    assert len(found) > 10
+    assert {case["num_devices"] for case in found} == {1, 4}
+    for case in found:
+        assert "error" not in case, case
+        assert case["kernels"] == [name], case
+        # No loop of XLA's, no choice at run time, nothing between devices, and no pass
+        # over the state before or after the kernel.
+        assert (case["loops"], case["branches"]) == (0, 0), case
+        assert (case["collectives"], case["moves"]) == ([], []), case
+        if target != "h100":
+            spec = case["spec"]
+            estimate = tpu_plan.vmem_bytes(
+                spec["rows"] // case["num_devices"],
+                spec["d"],
+                jnp.dtype(spec["dtype"]),
+                is_scaled=spec["is_scaled"],
+                history_length=spec["history_length"],
+            )
+            assert 0 < case["vmem"][0] <= estimate, case
