@@ -216,25 +216,54 @@ def test_throwing_in_shard_map_is_an_error_that_says_what_to_do(getkey):
         _sharded(mesh, local, (P(), P("b")), P("b"))(*_put(mesh, w, xs))
 
 
-@pytest.mark.parametrize(
-    ("adjoint", "match"),
-    [
-        (eqlx.RecursiveCheckpointAdjoint(), "`adjoint=RecursiveCheckpointAdjoint"),
-        (
-            eqlx.ImplicitAdjoint(lx.LU()),
-            "`linear_solver=LU`.*equilax.FixedPointLinearSolver",
-        ),
-    ],
-)
-def test_what_does_not_run_in_shard_map_says_what_does(getkey, adjoint, match):
+def test_what_does_not_run_in_shard_map_says_what_does(getkey):
     w, xs = _batch(getkey)
-    mesh = _mesh(AxisType.Explicit)
+    mesh, adjoint = _mesh(AxisType.Explicit), eqlx.ImplicitAdjoint(lx.LU())
 
     def local(w, xs):
         return jnp.sum(jax.vmap(lambda x: _solve(w, x, adjoint=adjoint).value)(xs))
 
+    match = "`linear_solver=LU`.*equilax.FixedPointLinearSolver"
     with pytest.raises(ValueError, match=match):
         _sharded(mesh, jax.grad(local), (P(), P("b")), P())(*_put(mesh, w, xs))
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize("num_steps", [1, 11])
+def test_backpropagation_through_the_steps_in_shard_map(num_steps, check_vma):
+    # Of a budget of steps, and of one cut short by its tolerance: `y0` tells.
+    def local(rates, y0):
+        def one(a):
+            tol = jnp.where(a > 0.5, 0.0, 1e-9)
+            solver = eqlx.FixedPointIteration(tol, tol)
+            fn = lambda y, a: a * y + 1
+            return eqlx.fixed_point(
+                fn,
+                solver,
+                y0,
+                a,
+                max_steps=num_steps,
+                adjoint=eqlx.RecursiveCheckpointAdjoint(),
+                throw=False,
+            ).value
+
+        return jax.vmap(one)(rates)
+
+    mesh = _mesh(AxisType.Auto)
+    rates, y0 = jnp.append(jnp.linspace(0.6, 0.9, 15), 1e-6), jnp.array(0.3)
+    run = jax.shard_map(
+        local, mesh=mesh, in_specs=(P("b"), P()), out_specs=P("b"), check_vma=check_vma
+    )
+    got = jax.jit(jax.jacrev(run, (0, 1)))(rates, y0)
+    # Of the last the second step is within the tolerance.
+    steps = np.append(np.full(15, num_steps), min(num_steps, 2))
+    n, a = np.arange(num_steps)[None], np.asarray(rates)[:, None]
+    terms = np.where(n < steps[:, None], a**n, 0)
+    of_rates = steps * 0.3 * a[:, 0] ** (steps - 1)
+    of_rates += np.where(n < steps[:, None], n * a ** np.maximum(n - 1, 0), 0).sum(1)
+    assert np.allclose(run(rates, y0), a[:, 0] ** steps * 0.3 + terms.sum(1))
+    assert np.allclose(jnp.diagonal(got[0]), of_rates)
+    assert np.allclose(got[1], a[:, 0] ** steps)
 
 
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])

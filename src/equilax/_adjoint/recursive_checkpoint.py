@@ -3,8 +3,9 @@ import equinox.internal as eqxi
 import jax.numpy as jnp
 
 from .._check import check_integer
-from .._mesh import any_varying
+from .._mesh import any_varying, manual_axes
 from .base import AbstractAdjoint
+from .nested_scan import nested_scan
 
 
 class RecursiveCheckpointAdjoint(AbstractAdjoint):
@@ -17,7 +18,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
 
     Use it to train through a few steps on purpose, or to check an implicit gradient.
     [`equilax.ImplicitAdjoint`][] costs less and is exact at a solution. Reverse mode of
-    first order only; does not work inside `jax.shard_map`.
+    first order only. Inside `jax.shard_map` `checkpoints` has no say, the logarithms
+    are those of `max_steps`, and under `jax.vmap` a solve takes the time of all these.
     """
 
     checkpoints: int | None = eqx.field(static=True, default=None)
@@ -32,11 +34,6 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
                 "`adjoint=RecursiveCheckpointAdjoint()` has no linear solve of which a "
                 "`monitor` could tell; take `equilax.ImplicitAdjoint`, or no `monitor`."
             )
-        if any_varying(problem):
-            raise ValueError(
-                "`adjoint=RecursiveCheckpointAdjoint()` does not work inside "
-                "`jax.shard_map`; take `equilax.ImplicitAdjoint` instead."
-            )
 
         def run(loop, inputs):
             def cond(carry):
@@ -46,15 +43,20 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
                 num_steps, now = carry
                 return num_steps + 1, loop.body(num_steps, now, inputs)
 
-            _, end = eqxi.while_loop(
+            init = (jnp.zeros((), jnp.int32), loop.init(inputs))
+            max_steps = problem.max_steps + 1
+            if manual_axes():  # Where the loops of Equinox do not work.
+                axes = any_varying(inputs)
+                scan = nested_scan(cond, body, init, max_steps=max_steps, may_vary=axes)
+                return scan[1]
+            return eqxi.while_loop(
                 cond,
                 body,
-                (jnp.zeros((), jnp.int32), loop.init(inputs)),
-                max_steps=problem.max_steps + 1,
+                init,
+                max_steps=max_steps,
                 kind="checkpointed",
                 checkpoints=self.checkpoints,
-            )
-            return end
+            )[1]
 
         return solve(problem, run)
 

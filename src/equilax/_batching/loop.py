@@ -56,14 +56,14 @@ def _traced(fn: Callable, carry: Carry) -> tuple[Hoisted, list[frozenset[str]]]:
     return hoist(probe, carry), found[-1]
 
 
-def while_loop(
+def aligned(
     cond: Callable[[Carry], BoolScalar],
     body: Callable[[Carry], Carry],
     init: Carry,
     *,
     may_vary: frozenset[str],
-) -> Carry:
-    """`lax.while_loop`, its carry declared to vary over the mesh axes that it does.
+) -> tuple[Callable[[Carry], BoolScalar], Callable[[Carry], Carry], Carry]:
+    """A loop, its carry declared to vary over the mesh axes that it does.
 
     With `check_vma=True` the types of the carry must agree before and after `body`. JAX
     (to 0.12) lets one mistake through: with a predicate that varies over an axis, a
@@ -71,7 +71,7 @@ def while_loop(
     devices stop at different steps. So each leaf takes on the predicate's axes as well.
     """
     if not may_vary:
-        return lax.while_loop(cond, body, init)
+        return cond, body, init
     leaves, treedef = jtu.tree_flatten(init)
     axes = [varying(x) for x in leaves]
 
@@ -90,4 +90,15 @@ def while_loop(
         if new_axes == axes:
             break
         axes = new_axes
-    return lax.while_loop(lambda c: again(c), lambda c: cast(step(c), axes), carry)
+    return lambda c: again(c), lambda c: cast(step(c), axes), carry
+
+
+def while_loop(
+    cond: Callable[[Carry], BoolScalar],
+    body: Callable[[Carry], Carry],
+    init: Carry,
+    *,
+    may_vary: frozenset[str],
+) -> Carry:
+    """`lax.while_loop`, [`aligned`][]."""
+    return lax.while_loop(*aligned(cond, body, init, may_vary=may_vary))

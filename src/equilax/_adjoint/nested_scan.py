@@ -1,0 +1,50 @@
+"""A loop that can be backpropagated through, in scans within scans."""
+
+import itertools
+from collections.abc import Callable
+
+import jax
+from jax import lax
+
+from .._batching import aligned, Carry
+from .._custom_types import BoolScalar
+
+
+_WIDTHS = range(3, 9)
+
+
+def _shape(max_steps: int) -> tuple[int, int]:
+    """The length and the number of scans that hold so many steps and few more."""
+    least = lambda width: next(d for d in itertools.count(1) if width**d >= max_steps)
+    return min(((w, least(w)) for w in _WIDTHS), key=lambda shape: shape[0] ** shape[1])
+
+
+def nested_scan(
+    cond: Callable[[Carry], BoolScalar],
+    body: Callable[[Carry], Carry],
+    init: Carry,
+    *,
+    max_steps: int,
+    may_vary: frozenset[str],
+) -> Carry:
+    """Iterate `body` while `cond` holds, for up to `max_steps` steps.
+
+    Scans of a few steps in scans of a few, each recomputed from its start on the way
+    back. What comes after the end is skipped, but not under `jax.vmap`, where it costs
+    what it would have cost.
+
+    Cost: an evaluation for each level of the scans, the logarithm of `max_steps` to the
+    base of their length, and one. Memory: that length for each level, in carries.
+    """
+    width, depth = _shape(max_steps)
+    cond, body, init = aligned(cond, body, init, may_vary=may_vary)
+
+    def run(level: int, carry: Carry) -> Carry:
+        inner = body if level == 0 else jax.checkpoint(lambda c: run(level - 1, c))
+
+        def step(carry, _):
+            return lax.cond(cond(carry), inner, lambda c: c, carry), None
+
+        return lax.scan(step, carry, length=width)[0]
+
+    return run(depth - 1, init)
