@@ -30,11 +30,12 @@ def nested_scan(
     """Iterate `body` while `cond` holds, for up to `max_steps` steps.
 
     Scans of a few steps in scans of a few, each recomputed from its start on the way
-    back. What comes after the end is skipped, but not under `jax.vmap`, where it costs
-    what it would have cost.
+    back. After the end `body` must return the carry unchanged, as a [`Loop`][] does: it
+    is called all the same. (A `lax.cond` that skipped it would make what `fn` captures
+    vary over the mesh axes of its predicate, which its trace does not expect.)
 
-    Cost: an evaluation for each level of the scans, the logarithm of `max_steps` to the
-    base of their length, and one. Memory: that length for each level, in carries.
+    Cost: `max_steps` times the levels of the scans and one, for which there is a
+    logarithm of `max_steps`. Memory: their length for each level, in carries.
     """
     width, depth = _shape(max_steps)
     cond, body, init = aligned(cond, body, init, may_vary=may_vary)
@@ -43,7 +44,7 @@ def nested_scan(
         inner = body if level == 0 else jax.checkpoint(lambda c: run(level - 1, c))
 
         def step(carry, _):
-            return lax.cond(cond(carry), inner, lambda c: c, carry), None
+            return inner(carry), None
 
         return lax.scan(step, carry, length=width)[0]
 

@@ -18,8 +18,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
 
     Use it to train through a few steps on purpose, or to check an implicit gradient.
     [`equilax.ImplicitAdjoint`][] costs less and is exact at a solution. Reverse mode of
-    first order only. Inside `jax.shard_map` `checkpoints` has no say, the logarithms
-    are those of `max_steps`, and under `jax.vmap` a solve takes the time of all these.
+    first order only. Inside `jax.shard_map` `checkpoints` has no say, and a solve takes
+    the time and the memory of `max_steps` steps, whenever it ends.
     """
 
     checkpoints: int | None = eqx.field(static=True, default=None)
