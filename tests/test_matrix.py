@@ -17,12 +17,15 @@ from jax.sharding import AxisType, PartitionSpec as P
 from .helpers import every_solver, relative_error
 
 
-_SIZE, _NUM = 3, 2
+# More unknowns than a history holds: the derivative of a step whose small system has
+# lost its rank is one of rounding errors.
+_SIZE, _NUM = 6, 2
 _PRECISIONS = {
     "float64": (jnp.float64, 1e-12, 1e-10),
     "float32": (jnp.float32, 1e-6, 2e-5),
 }
-_W = np.array([[0.1, 0.4, -0.2], [-0.5, 0.2, 0.3], [0.3, -0.1, 0.2]])
+_W = np.random.default_rng(1).normal(size=(_SIZE, _SIZE))
+_W = 0.6 * _W / np.linalg.norm(_W, 2)
 _FIRST = ("grad", "jvp", "vjp", "jacfwd", "jacrev")
 _SECOND = ("forward over reverse", "reverse over reverse")
 _NOT_IN_SHARD_MAP = ("lu", "qr", "gmres")
@@ -85,7 +88,7 @@ def _reference(k):
     return jax.jacfwd(unrolled)(args), jax.hessian(lambda a: _loss(unrolled(a)))(args)
 
 
-_weights = np.array([1.0, -2.0, 0.5])
+_weights = np.array([1.0, -2.0, 0.5, 0.3, -0.7, 1.2])
 
 
 def _loss(z):
