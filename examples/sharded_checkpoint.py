@@ -27,7 +27,7 @@ def has_steps(folder: Path) -> bool:
 
 
 def make_manager(folder: Path) -> ocp.CheckpointManager:
-    """The one of a run. All processes must make it, on a folder that all of them see."""
+    """All processes must make it, on a folder that all of them see."""
     options = ocp.CheckpointManagerOptions(
         max_to_keep=2,
         cleanup_tmp_directories=True,
@@ -90,7 +90,9 @@ def restore(
         )
     dynamic, static = eqx.partition(like, eqx.is_array)
     leaves = [arrays[name] for name in _by_name(like)]
-    return eqx.combine(jtu.tree_unflatten(jtu.tree_structure(dynamic), leaves), static), step
+    return eqx.combine(
+        jtu.tree_unflatten(jtu.tree_structure(dynamic), leaves), static
+    ), step
 
 
 def _by_name(tree: Any) -> dict[str, Any]:

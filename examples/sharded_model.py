@@ -81,8 +81,8 @@ def train_step(
         "forward_steps_worst": jnp.max(aux["num_steps"]),
         "failed_forward": jnp.sum(aux["has_failed"]),
         "backward_steps": jnp.mean(seen.num_steps),
-        "backward_steps_worst": jnp.max(seen.num_steps),
-        "failed_backward": jnp.sum(seen.num_failed),
+        "backward_steps_worst": jnp.max(seen.num_steps).astype(int),
+        "failed_backward": jnp.sum(seen.num_failed).astype(int),
     }
     return eqx.filter_shard((state, figures), replicated(mesh))
 

@@ -6,9 +6,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 
 AXIS = "batch"
-# A process that says nothing for so many seconds is dead, and the others then end
-# themselves: JAX waits 100 seconds unless told otherwise. A collective whose peer has
-# died fails at once on CPU, and may wait on a GPU or a TPU, where this ends it.
+# A process that says nothing for so many seconds is dead, and JAX then ends the others,
+# also out of a collective that waits for it. Unless told otherwise it takes 100.
 _HEARTBEAT_TIMEOUT = 20
 # How long a process that ends waits for the others, one that ends by an error as well.
 # JAX's 300 seconds are too long for that.
@@ -52,6 +51,13 @@ def make_mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (AXIS,))
 
 
+def describe(mesh: Mesh) -> str:
+    num_devices, num_processes = mesh.size, jax.process_count()
+    devices = "device" if num_devices == 1 else "devices"
+    processes = "process" if num_processes == 1 else "processes"
+    return f"{num_devices} {devices} of {num_processes} {processes}"
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
@@ -60,7 +66,7 @@ def local_rows(mesh: Mesh, size: int) -> np.ndarray:
     """The rows of a batch that the devices of this process hold."""
     sharding = NamedSharding(mesh, PartitionSpec(AXIS))
     slices = sharding.addressable_devices_indices_map((size,)).values()
-    spans = sorted(rows.indices(size)[:2] for (rows,) in slices if rows is not None)
+    spans = sorted(index[0].indices(size)[:2] for index in slices if index is not None)
     return np.concatenate([np.arange(*span) for span in spans])
 
 

@@ -9,6 +9,7 @@ import numpy as np
 from checkpoint import replace_file
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 
 _FORWARD, _BACKWARD, _OTHER = "#1f5fa8", "#d9772b", "#8a8f98"
@@ -34,6 +35,7 @@ def open_metrics(path: Path, num_steps: int) -> TextIO:
 
 def table(rows: list[dict[str, Any]], assessed: dict[str, Any], size: int) -> str:
     total = lambda name: sum(row[name] for row in rows)
+    of = f"(of {len(rows) * size:,})"
     lines = {
         "held-out accuracy": f"{assessed['held_out_accuracy']:.2%}",
         "loss, last step": f"{rows[-1]['loss']:.4f}",
@@ -41,9 +43,8 @@ def table(rows: list[dict[str, Any]], assessed: dict[str, Any], size: int) -> st
         "forward steps, worst": f"{max(r['forward_steps_worst'] for r in rows)}",
         "backward steps, mean": f"{total('backward_steps') / len(rows):.2f}",
         "backward steps, worst": f"{max(r['backward_steps_worst'] for r in rows)}",
-        "failed forward solves": f"{total('failed_forward')}  (of {len(rows) * size:,})",
-        "failed backward solves": f"{total('failed_backward')}"
-        f"  (of {len(rows) * size:,})",
+        "failed forward solves": f"{total('failed_forward')}  {of}",
+        "failed backward solves": f"{total('failed_backward')}  {of}",
     }
     width = max(map(len, lines))
     return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
@@ -59,18 +60,25 @@ def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     loss, solver = figure.subplots(1, 2)
     step = np.array([row["step"] for row in rows])
     column = lambda name: np.array([row[name] for row in rows])
-    loss.semilogy(step, column("loss"), color=_OTHER, lw=1, label="a batch")
-    loss.semilogy(step, _smooth(column("loss")), color=_FORWARD, lw=2, label="mean of 20")
+    losses = column("loss")
+    loss.semilogy(step, losses, color=_OTHER, lw=1, label="a batch")
+    loss.semilogy(step, _smooth(losses), color=_FORWARD, lw=2, label="mean of 20")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
     loss.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
     for kind, colour in (("forward", _FORWARD), ("backward", _BACKWARD)):
         solver.plot(step, column(f"{kind}_steps"), color=colour, label=f"{kind}, mean")
         worst = column(f"{kind}_steps_worst")
-        solver.plot(step, worst, color=colour, lw=0.7, alpha=0.6, label=f"{kind}, worst")
+        solver.plot(
+            step, worst, color=colour, lw=0.5, alpha=0.6, label=f"{kind}, worst"
+        )
     num_failed = int(sum(column("failed_forward") + column("failed_backward")))
     title = f"Steps per solve, {num_failed} failed solves"
     solver.set(title=title, xlabel="step", ylabel="steps of the solver")
     solver.set_ylim(bottom=0)
     for ax in (loss, solver):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
         ax.legend(frameon=False, fontsize=9)

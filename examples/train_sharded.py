@@ -26,7 +26,14 @@ from digits_model import LARGEST_NORM, LEARNING_RATE, TOLERANCE, WEIGHT_DECAY
 from jax.sharding import Mesh
 from sharded_data import local_batch
 from sharded_model import assess, start, State, train_step
-from sharded_processes import global_batch, join, local_rows, make_mesh, replicated
+from sharded_processes import (
+    describe,
+    global_batch,
+    join,
+    local_rows,
+    make_mesh,
+    replicated,
+)
 from sharded_report import draw, open_metrics, read_rows, table
 
 
@@ -84,8 +91,8 @@ def train(
     with progress_bar(num_steps, step, disable=not is_first) as bar:
         while step < num_steps:
             local = local_batch(*data, size=size, seed=seed, step=step, rows=rows)
-            batch = global_batch(mesh, *local)
-            state, figures = train_step(state, *batch, num_steps, mesh)
+            images, labels = global_batch(mesh, *local)
+            state, figures = train_step(state, images, labels, num_steps, mesh)
             step += 1
             row = {k: v.item() for k, v in jax.device_get(figures).items()}
             if file is not None:
@@ -97,8 +104,14 @@ def train(
                 refresh=False,
             )
             bar.update()
-            if step % save_every == 0 or step == num_steps:
+            # JAX catches SIGTERM, by which schedulers take a machine back, and lets all
+            # processes agree on a step to save at.
+            is_told_to_end = manager.reached_preemption(step)
+            if is_told_to_end or step % save_every == 0 or step == num_steps:
                 checkpoints.save(manager, step, state, config)
+            if is_told_to_end and step < num_steps:
+                say(f"\nTold to end, after {step} steps; --resume goes on from there.")
+                sys.exit(128 + signal.SIGTERM)  # As a shell reports it.
     if file is not None:
         file.close()
     return state
@@ -118,8 +131,7 @@ def finish(
         file.write(json.dumps({"step": config["steps"], **assessed}) + "\n")
     model = jax.device_get(eqx.filter(state.model, eqx.is_array))
     replace_file(out / "final.eqx", serialise(model))
-    where = f"{mesh.size} devices of {jax.process_count()} processes"
-    draw(out / "train_sharded.png", rows, where)
+    draw(out / "train_sharded.png", rows, describe(mesh))
     print(f"\n{table(rows, assessed, config['batch_size'])}\n")
     print(f"In {out}: checkpoints, final.eqx, metrics.jsonl, train_sharded.png")
 
@@ -158,7 +170,7 @@ def run_all(args: argparse.Namespace) -> None:
     except CheckpointError as error:
         sys.exit(f"train_sharded.py: error: argument --resume: {error}")
     say(
-        f"{mesh.size} devices of {jax.process_count()} processes, "
+        f"{describe(mesh)}, "
         f"{'from the start' if step == 0 else f'going on after {step} steps'}."
     )
     images, labels, *held_out = load_data()
