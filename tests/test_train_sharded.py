@@ -4,6 +4,7 @@ On one device, on eight of one process, and on four each of two processes, which
 real, on the loopback interface.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -30,18 +31,19 @@ for _name in ("matplotlib", "optax", "orbax.checkpoint", "sklearn", "tqdm"):
 fcntl = pytest.importorskip("fcntl", reason="Processes are killed as POSIX does it.")
 
 _SCRIPT = Path(__file__).parents[1] / "examples" / "train_sharded.py"
-_NUM_STEPS, _SAVE_EVERY, _SIZE = 12, 5, 16
-_FLAGS = ("--batch-size", _SIZE, "--features", 16, "--save-every", _SAVE_EVERY)
+_NUM_STEPS, _SAVE_EVERY, _SIZE = 12, 5, 64
+_FLAGS = ("--batch-size", _SIZE, "--features", 32, "--save-every", _SAVE_EVERY)
 _TIMEOUT = 240  # Of one run, in seconds, on a machine that has other work.
 # From the death of a process to the end of the other. The heartbeats of the example
 # have 20 seconds.
 _BOUND = 60
 
-# Runs the script and kills it when it calls a function for the n-th time.
-_KILLED = """
-import importlib, os, runpy, signal, sys
+# Runs the script and sends it a signal when it calls a function for the n-th time. One
+# that lives on dawdles, so that not all steps are made before it can react.
+_SIGNALLED = """
+import importlib, os, runpy, sys, time
 
-script, module, name, n, *flags = sys.argv[1:]
+script, number, module, name, n, *flags = sys.argv[1:]
 sys.argv = [script, *flags]
 sys.path.insert(0, os.path.dirname(script))
 owner = importlib.import_module(module)
@@ -52,7 +54,9 @@ def counted(*args, **kwargs):
     global num_calls
     num_calls += 1
     if num_calls == int(n):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), int(number))
+    if num_calls >= int(n):
+        time.sleep(1)
     return original(*args, **kwargs)
 
 setattr(owner, name, counted)
@@ -66,7 +70,7 @@ def _free_port() -> int:
         return listener.getsockname()[1]
 
 
-def _start(out: Path, i: int, flags: tuple, killed: tuple = ()) -> subprocess.Popen:
+def _start(out: Path, i: int, flags: tuple, signalled: tuple = ()) -> subprocess.Popen:
     # Without what the tests set for themselves, but for the time of compilation.
     environment = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
     environment |= {
@@ -75,8 +79,8 @@ def _start(out: Path, i: int, flags: tuple, killed: tuple = ()) -> subprocess.Po
         "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
-    driver = ["-c", _KILLED] if killed else []
-    command = [*driver, _SCRIPT, *killed, "--out", out, *_FLAGS, *flags]
+    driver = ["-c", _SIGNALLED] if signalled else []
+    command = [*driver, _SCRIPT, *signalled, "--out", out, *_FLAGS, *flags]
     with open(f"{out}.{i}.log", "wb") as log:
         return subprocess.Popen(
             [sys.executable, *map(str, command)],
@@ -115,12 +119,12 @@ def _run_one(out: Path, *flags: object) -> int:
     return code
 
 
-def _run_pair(out: Path, *flags: object, killed: dict[int, tuple] | None = None):
+def _run_pair(out: Path, *flags: object, signalled: dict[int, tuple] | None = None):
     port = _free_port()
     common = ("--steps", _NUM_STEPS, "--devices", 4, "--processes", 2, *flags)
     common = (*common, "--coordinator", f"127.0.0.1:{port}", "--process-id")
-    killed = killed or {}
-    return _finish([_start(out, i, (*common, i), killed.get(i, ())) for i in (0, 1)])
+    signalled = signalled or {}
+    return _finish([_start(out, i, (*common, i), signalled.get(i, ())) for i in (0, 1)])
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +172,8 @@ def pair(once) -> Path:
 def killed(once, pair) -> SimpleNamespace:
     """Two processes, of which the second dies when eight steps have been made."""
     del pair  # It has filled the cache of compiled programs.
-    where = ("sharded_data", "local_batch", 9)
-    return once("killed", lambda out: _run_pair(out, killed={1: where}))
+    where = (int(signal.SIGKILL), "sharded_data", "local_batch", 9)
+    return once("killed", lambda out: _run_pair(out, signalled={1: where}))
 
 
 def _go_on(out: Path, name: str) -> Path:
@@ -219,7 +223,7 @@ _RTOL = 1e-5
 @pytest.mark.slow
 def test_devices_and_processes_do_not_change_the_loss_curve(one, eight, pair):
     expected = _column(one, "loss")
-    assert expected[-1] < 0.9 * expected[0]
+    assert expected[-1] < 0.8 * expected[0]
     for out, where in (
         (one, "1 device of 1 process"),
         (eight, "8 devices of 1 process"),
@@ -234,7 +238,7 @@ def test_devices_and_processes_do_not_change_the_loss_curve(one, eight, pair):
         assert np.all(_column(out, "backward_steps_worst") <= 64)
         last = _rows(out)[-1]
         assert last["held_out_failed"] == 0
-        assert last["held_out_accuracy"] > 0.3
+        assert last["held_out_accuracy"] > 0.5
 
 
 @pytest.mark.slow
@@ -247,7 +251,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_on_one_device(one, import_exampl
         jax.numpy_dtype_promotion("standard"),
         jax.numpy_rank_promotion("allow"),
     ):
-        net = model.Classifier(16, key=jax.random.key(0))
+        net = model.Classifier(32, key=jax.random.key(0))
         optimiser = model.make_optimiser(_NUM_STEPS)
         opt_state = optimiser.init(eqx.filter(net, eqx.is_inexact_array))
         losses = []
@@ -265,7 +269,7 @@ def test_the_loss_curve_is_that_of_a_plain_loop_on_one_device(one, import_exampl
 @pytest.mark.slow
 def test_only_the_first_process_speaks(pair):
     first, second = _log(pair), _log(pair, 1)
-    for words in ("held-out accuracy", "failed forward solves", "loss 0.", "steps"):
+    for words in ("held-out accuracy", "failed forward solves", "loss 1.", "accuracy"):
         assert words in first
         assert words not in second
     names = ["checkpoints", "final.eqx", "metrics.jsonl", "train_sharded.png"]
@@ -290,18 +294,27 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(killed, pair)
     out = _go_on(killed.out, "again")
     # The process that coordinates, when of the next checkpoint the arrays are in their
     # place and the header is not.
-    codes, ends = _run_pair(out, "--resume", killed={0: ("os", "rename", 2)})
+    where = (int(signal.SIGKILL), "os", "rename", 2)
+    codes, ends = _run_pair(out, "--resume", signalled={0: where})
     assert "8 devices of 2 processes, going on after 5 steps." in _log(out)
     assert codes[0] == -signal.SIGKILL, _log(out)
     assert codes[1] not in (0, -signal.SIGKILL), _log(out, 1)
     assert 0 <= ends[1] - ends[0] < _BOUND
     assert _steps(out) == ["10.orbax-checkpoint-tmp", "5"]
+    # A scheduler tells one process to end: both save, at the same step, and end.
+    where = (int(signal.SIGTERM), "sharded_data", "local_batch", 2)
+    codes, _ = _run_pair(out, "--resume", signalled={1: where})
+    assert codes == 2 * [128 + signal.SIGTERM], _log(out) + _log(out, 1)
+    assert "8 devices of 2 processes, going on after 5 steps." in _log(out)
+    last = _rows(out)[-1]["step"]
+    assert last > 6
+    assert f"Told to end, after {last} steps" in _log(out)
     codes, _ = _run_pair(out, "--resume")
     assert codes == [0, 0], _log(out) + _log(out, 1)
-    assert "8 devices of 2 processes, going on after 5 steps." in _log(out)
+    assert f"8 devices of 2 processes, going on after {last} steps." in _log(out)
     assert (out / "final.eqx").read_bytes() == (pair / "final.eqx").read_bytes()
     assert _rows(out) == _rows(pair)
-    assert _steps(out) == ["10", "12"]
+    assert _steps(out)[-1] == "12"
 
 
 @pytest.mark.slow
@@ -310,9 +323,11 @@ def test_a_run_goes_on_with_other_devices(killed, one, pair):
     assert _run_one(out, "--resume") == 0, _log(out)
     assert "1 device of 1 process, going on after 5 steps." in _log(out)
     np.testing.assert_allclose(_column(out, "loss"), _column(one, "loss"), rtol=_RTOL)
-    print(np.max(np.abs(_parameters(out) - _parameters(one))))
-    print(np.max(np.abs(_parameters(out) - _parameters(pair))))
-    print(np.max(np.abs(_parameters(pair) - _parameters(one))))
+    # Adam divides by the size of the gradient, also where that is little but rounding,
+    # and moves a parameter by 1e-2 a step at most. This is a thousandth of one step.
+    parameters = _parameters(out)
+    for other in (one, pair):
+        assert np.max(np.abs(_parameters(other) - parameters)) < 1e-5
 
 
 @pytest.mark.slow
@@ -325,7 +340,6 @@ def test_a_truncated_checkpoint_is_named_and_left_alone(killed):
     metrics = (out / "metrics.jsonl").read_bytes()
     assert _run_one(out, "--resume") == 1
     assert f"error: argument --resume: {path} is damaged" in _log(out)
-    assert "Traceback" not in _log(out)
     assert largest.read_bytes() == content[: len(content) // 2]
     assert (out / "metrics.jsonl").read_bytes() == metrics
 
@@ -363,7 +377,8 @@ def _restore(module, folder: Path, config: dict[str, Any]):
 
 
 def test_a_checkpoint_is_read_on_other_devices(saved):
-    tree = _restore(*saved, {"seed": 0})
+    module, folder = saved
+    tree = _restore(module, folder, {"seed": 0})
     assert all(np.array_equal(tree[k], v) for k, v in _tree().items())
 
 
@@ -397,9 +412,10 @@ def test_whatever_is_damaged_no_other_arrays_are_restored(saved, tmp_path, damag
         try:
             tree = _restore(module, copy, {"seed": 0})
         except module.CheckpointError:
-            print(path); num_found += 1
+            num_found += 1
         else:  # Of some files nothing is needed.
             assert all(np.array_equal(tree[k], v) for k, v in _tree().items()), path
+    gc.collect()  # While the filter is on.
     assert num_found > 2
 
 
@@ -409,11 +425,11 @@ def test_a_batch_does_not_depend_on_who_makes_which_rows(import_example):
     images = np.broadcast_to(labels[:, None, None], (60, 8, 8)).astype(np.float32)
     seen = []
     for step in range(6):  # Two epochs of three batches.
-        make = lambda rows, step=step, **kwargs: local_batch(
-            images, labels, size=20, step=step, rows=np.array(rows), **kwargs
+        make = lambda rows, seed=0, step=step: local_batch(
+            images, labels, size=20, seed=seed, step=step, rows=np.array(rows)
         )
-        whole, chosen = make(range(20), seed=0)
-        parts = [make(rows, seed=0) for rows in ([0, 1, 2], [3], range(4, 20))]
+        whole, chosen = make(range(20))
+        parts = [make(rows) for rows in ([0, 1, 2], [3], range(4, 20))]
         assert np.array_equal(whole, np.concatenate([x for x, _ in parts]))
         assert np.array_equal(chosen, np.concatenate([y for _, y in parts]))
         assert np.array_equal(np.rint(np.mean(whole, axis=1)), chosen)
