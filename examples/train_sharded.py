@@ -137,13 +137,8 @@ def finish(
 
 
 def run_all(args: argparse.Namespace) -> None:
-    join(
-        args.devices,
-        args.coordinator,
-        args.processes,
-        args.process_id,
-        args.distributed,
-    )
+    where = (args.coordinator, args.processes, args.process_id)
+    join(args.devices, *where, args.distributed)
     mesh = make_mesh()
     if args.batch_size % mesh.size:
         sys.exit(
@@ -174,16 +169,8 @@ def run_all(args: argparse.Namespace) -> None:
         f"{'from the start' if step == 0 else f'going on after {step} steps'}."
     )
     images, labels, *held_out = load_data()
-    state = train(
-        state,
-        step,
-        (images, labels),
-        config,
-        mesh,
-        manager,
-        args.save_every,
-        args.out / "metrics.jsonl",
-    )
+    data, metrics = (images, labels), args.out / "metrics.jsonl"
+    state = train(state, step, data, config, mesh, manager, args.save_every, metrics)
     manager.close()
     finish(state, held_out, config, mesh, args.out)
 
