@@ -128,7 +128,7 @@ def _run_pair(out: Path, *flags: object, signalled: dict[int, tuple] | None = No
 
 @pytest.fixture(scope="module")
 def once(tmp_path_factory) -> Callable[[str, Callable[[Path], Any]], SimpleNamespace]:
-    """Make a run, or take it from another worker of the same session that made it."""
+    """Make a run, or take it from another worker of pytest that made it."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
