@@ -9,7 +9,6 @@ is in `digits_model.py`.
 
 import argparse
 import dataclasses
-import shutil
 import signal
 import sys
 import time
@@ -24,6 +23,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
+from command_line import integer, progress_bar
 from digits_data import batches, load_data, NUM_TRAIN
 from digits_measure import assess, count, COUNTS, HISTORY, summarise
 from digits_model import (
@@ -37,7 +37,6 @@ from digits_model import (
     WEIGHT_DECAY,
 )
 from digits_report import finish
-from tqdm import tqdm
 
 
 class Run(eqx.Module):
@@ -98,21 +97,6 @@ def end_epoch(run: Run, held_out: list[np.ndarray], per_epoch: int) -> Run:
     return dataclasses.replace(run, history=history, counts=counts, sums=sums)
 
 
-def progress_bar(total: int, num_done: int) -> tqdm:
-    """It fits a terminal of 80 columns, and writes little to a log."""
-    # Left to itself tqdm shows no bar in a terminal that does not know its size.
-    num_columns, num_rows = shutil.get_terminal_size()
-    return tqdm(
-        total=total,
-        initial=num_done,
-        desc="compiling",
-        ncols=num_columns - 1,
-        nrows=num_rows,
-        mininterval=0.1 if sys.stderr.isatty() else 2,
-        bar_format="{desc} |{bar}| {remaining}",
-    )
-
-
 def train(
     run: Run,
     data: tuple[np.ndarray, ...],
@@ -149,17 +133,6 @@ def train(
                     run = save(run)
             run = save(end_epoch(run, held_out, per_epoch))
     return run
-
-
-def integer(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        if not text.isdecimal() or not low <= int(text) <= high:
-            raise argparse.ArgumentTypeError(
-                f"expected an integer from {low} to {high}; got {text!r}"
-            )
-        return int(text)
-
-    return parse
 
 
 def parse_args() -> argparse.Namespace:

@@ -1,0 +1,96 @@
+"""The metrics file, the table and the figure of the sharded example."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+from checkpoint import replace_file
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
+
+_FORWARD, _BACKWARD, _OTHER = "#1f5fa8", "#d9772b", "#8a8f98"
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """One row a step. What a run that died left of a line is no row."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return [row for row in rows if "loss" in row]
+
+
+def open_metrics(path: Path, num_steps: int) -> TextIO:
+    """A file to append to, cut back to what a checkpoint after `num_steps` knows of."""
+    rows = [row for row in read_rows(path) if row["step"] <= num_steps]
+    replace_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return open(path, "a", buffering=1)
+
+
+def table(rows: list[dict[str, Any]], assessed: dict[str, Any], size: int) -> str:
+    total = lambda name: sum(row[name] for row in rows)
+    of = f"(of {len(rows) * size:,})"
+    lines = {
+        "held-out accuracy": f"{assessed['held_out_accuracy']:.2%}",
+        "loss, last step": f"{rows[-1]['loss']:.4f}",
+        "forward steps, mean": f"{total('forward_steps') / len(rows):.2f}",
+        "forward steps, worst": f"{max(r['forward_steps_worst'] for r in rows)}",
+        "backward steps, mean": f"{total('backward_steps') / len(rows):.2f}",
+        "backward steps, worst": f"{max(r['backward_steps_worst'] for r in rows)}",
+        "failed forward solves": f"{total('failed_forward')}  {of}",
+        "failed backward solves": f"{total('failed_backward')}  {of}",
+    }
+    width = max(map(len, lines))
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+
+
+def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
+    """**Arguments:**
+
+    - `where`: On how many devices of how many processes.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss, solver = figure.subplots(1, 2)
+    step = np.array([row["step"] for row in rows])
+    column = lambda name: np.array([row[name] for row in rows])
+    losses = column("loss")
+    loss.semilogy(step, losses, color=_OTHER, lw=1, label="a batch")
+    loss.semilogy(step, _smooth(losses), color=_FORWARD, lw=2, label="mean of 20")
+    loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    loss.yaxis.set_major_formatter("{x:g}")
+    loss.yaxis.set_minor_formatter(NullFormatter())
+    loss.set(title="Training loss", xlabel="step", ylabel="cross-entropy")
+    for kind, colour in (("forward", _FORWARD), ("backward", _BACKWARD)):
+        solver.plot(step, column(f"{kind}_steps"), color=colour, label=f"{kind}, mean")
+        worst = column(f"{kind}_steps_worst")
+        solver.plot(
+            step, worst, color=colour, lw=0.5, alpha=0.6, label=f"{kind}, worst"
+        )
+    num_failed = int(sum(column("failed_forward") + column("failed_backward")))
+    title = f"Steps per solve, {num_failed} failed solves"
+    solver.set(title=title, xlabel="step", ylabel="steps of the solver")
+    solver.set_ylim(bottom=0)
+    for ax in (loss, solver):
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(frameon=False, fontsize=9)
+    figure.suptitle(f"Equilibrium classifier, data-parallel over {where}")
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=110)
+    replace_file(path, buffer.getvalue())
+
+
+def _smooth(x: np.ndarray, width: int = 20) -> np.ndarray:
+    """The mean of the last `width` values, of fewer at the start."""
+    sums = np.cumsum(np.concatenate([[0.0], x]))
+    ends = np.arange(1, len(x) + 1)
+    starts = np.maximum(0, ends - width)
+    return (sums[ends] - sums[starts]) / (ends - starts)
