@@ -5,7 +5,7 @@
 Each device solves for the equilibria of its own images and waits for nobody; the
 gradient is summed over all devices once a step. The model is that of `digits.py`. The
 same script runs on one device, on those of one process, and on those of many:
-`docs/sharding.md` has job scripts for SLURM, Kubernetes and Cloud TPU.
+`docs/sharding_processes.md` has job scripts for SLURM, Kubernetes and Cloud TPU.
 """
 
 import argparse

@@ -71,7 +71,11 @@ def _free_port() -> int:
 
 def _start(out: Path, i: int, flags: tuple, signalled: tuple = ()) -> subprocess.Popen:
     # Without what the tests set for themselves, but for the time of compilation.
-    environment = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
+    environment = {
+        k: v
+        for k, v in os.environ.items()
+        if k[:4] not in ("JAX_", "XLA_") or k == "JAX_PLATFORMS"
+    }
     environment |= {
         "PYTHONUTF8": "1",
         "XLA_FLAGS": os.environ["XLA_FLAGS"],
