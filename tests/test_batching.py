@@ -28,6 +28,9 @@ _strategies = {
 strategies = pytest.mark.parametrize(
     "batching", _strategies.values(), ids=list(_strategies)
 )
+# On a small batch the default has one stage, as `Lockstep` has.
+_few = {name: b for name, b in _strategies.items() if name != "staged"}
+few = pytest.mark.parametrize("batching", _few.values(), ids=list(_few))
 
 
 def _affine(y, args):
@@ -113,7 +116,7 @@ def _mixed(bad):
     return lambda y, c: jnp.where(c == 2, bad(y), c * y + 1)
 
 
-@strategies
+@few
 @pytest.mark.parametrize("bad", _bad_maps.values(), ids=list(_bad_maps))
 def test_a_bad_sample_changes_no_other(batching, bad):
     bad_map, expected = bad
@@ -143,7 +146,7 @@ def test_a_bad_sample_changes_no_other(batching, bad):
     assert np.allclose(grad[good], 1 / (1 - rates[good]) ** 2, rtol=1e-6)
 
 
-@strategies
+@few
 def test_three_bad_samples_at_once_in_float32(batching):
     # Each has a parameter by which the map tells it: not-a-number, divergent, slow.
     def fn(y, args):
@@ -192,7 +195,7 @@ def test_three_bad_samples_at_once_in_float32(batching):
     assert np.allclose(grads[1], np.sum(1 / (1 - exact)), rtol=1e-6)
 
 
-@strategies
+@few
 @pytest.mark.parametrize("bad", _bad_maps.values(), ids=list(_bad_maps))
 def test_a_bad_sample_stays_out_of_the_gradient_of_what_is_shared(batching, bad):
     # `b` is shared. A loss that leaves the bad sample out has a finite gradient.
@@ -244,7 +247,7 @@ _nestings = {
 }
 
 
-@strategies
+@few
 @pytest.mark.parametrize("axes", _nestings.values(), ids=list(_nestings))
 def test_nested_vmaps(batching, axes):
     outer, inner = axes
@@ -272,7 +275,7 @@ def test_nested_vmaps(batching, axes):
     assert np.all(sol.result == eqlx.RESULTS.successful)
 
 
-@strategies
+@few
 def test_three_vmaps_and_axes_other_than_the_first(batching):
     rates = _rates(24).reshape(2, 3, 4)
     solve = lambda r: _solve_affine(r, batching=batching).value
@@ -281,7 +284,7 @@ def test_three_vmaps_and_axes_other_than_the_first(batching):
     assert np.allclose(out, np.moveaxis(1 / (1 - np.asarray(rates)), 2, 0), rtol=1e-7)
 
 
-@strategies
+@few
 def test_an_ensemble_of_large_parameters(getkey, batching):
     # A matrix to a model, a batch of inputs to each: the group axis.
     num_models, num, size = 3, 10, 8
@@ -312,7 +315,7 @@ def test_an_ensemble_of_large_parameters(getkey, batching):
         assert relative_error(grad[i], sum(parts)) < 1e-8
 
 
-@strategies
+@few
 def test_a_batch_of_starts_alone(batching):
     # cos has one fixed point; from each start another way there.
     starts = jnp.linspace(-3, 3, 13)
@@ -331,7 +334,7 @@ def test_a_batch_of_starts_alone(batching):
     assert len(set(sol.stats["num_steps"].tolist())) > 1
 
 
-@pytest.mark.parametrize("strategy", ["staged", "vmapped"])
+@pytest.mark.parametrize("strategy", ["small_stages"])
 def test_derivatives_in_any_nesting_with_vmap(strategy):
     batching = _strategies[strategy]
     rates = _rates(6)
