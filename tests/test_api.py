@@ -45,6 +45,7 @@ _NAMES = {
     "Solution",
     "Squarem",
     "Staged",
+    "Terms",
     "Traced",
     "Vmapped",
     "error_bound",

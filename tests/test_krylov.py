@@ -14,9 +14,7 @@ from .helpers import dense_sensitivity, newton, tanh_cell, tanh_problem
 
 def _solve(matrix, vector, solver, tolerance=1e-12, **kwargs):
     mv = lambda x: matrix @ x
-    return solver.solve(
-        mv, vector, tolerance=tolerance, batching=eqlx.Staged(), **kwargs
-    )
+    return solver.solve(mv, vector, eqlx.Terms(tolerance, **kwargs))
 
 
 def _arnoldi_residuals(matrix, vector, num):
@@ -93,9 +91,7 @@ def test_a_tree_of_complex_and_real_leaves(getkey):
     a = a + jnp.eye(3, dtype=a.dtype)
     tree = {"z": jr.normal(getkey(), (3,), a.dtype), "x": jnp.array([[2.0]])}
     mv = lambda t: {"z": a @ t["z"] + t["x"][0, 0].astype(a.dtype), "x": 3 * t["x"]}
-    sol = eqlx.KrylovLinearSolver().solve(
-        mv, tree, tolerance=1e-12, batching=eqlx.Staged()
-    )
+    sol = eqlx.KrylovLinearSolver().solve(mv, tree, eqlx.Terms(1e-12))
     x = 2 / 3
     z = np.linalg.solve(np.asarray(a), np.asarray(tree["z"]) - x)
     assert np.allclose(sol.value["x"], x, atol=1e-11)
@@ -114,7 +110,7 @@ def test_each_sample_of_a_batch_stops_by_itself(getkey, batching):
     @jax.vmap
     def run(width, vector):
         mv = lambda x: x + 0.4 * width * (noise @ x)
-        return solver.solve(mv, vector, tolerance=1e-10, batching=batching)
+        return solver.solve(mv, vector, eqlx.Terms(1e-10, batching))
 
     sol = run(widths, vectors)
     is_good = (sol.result == eqlx.RESULTS.successful).tolist()

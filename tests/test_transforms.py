@@ -116,6 +116,41 @@ def test_gradients_in_and_through_shard_map(getkey, axis_type, adjoint):
         assert relative_error(got_x, grad_x) < 1e-8
 
 
+_others = {
+    "krylov": (eqlx.ImplicitAdjoint(eqlx.KrylovLinearSolver(1e-10)), "anderson"),
+    "shared_inverse": (
+        eqlx.SharedInverseAdjoint(eqlx.KrylovLinearSolver(1e-10)),
+        "broyden",
+    ),
+    "reversible": (eqlx.ReversibleAdjoint(), "reversible"),
+    "checkpoint": (eqlx.RecursiveCheckpointAdjoint(), "anderson"),
+    "default": (eqlx.ImplicitAdjoint(), "newton_krylov"),
+}
+
+
+@pytest.mark.parametrize("name", list(_others))
+def test_gradients_without_the_check_of_what_varies(getkey, name):
+    # Nothing is known of what is the same on all devices: sums are the user's to take.
+    adjoint, solver = _others[name]
+    w, xs = _batch(getkey)
+    w = 0.5 * w if name == "reversible" else w
+    _, grad_w, grad_x = batch_reference(w, xs)
+
+    def local(w, xs):
+        def loss(w, xs):
+            one = lambda x: _solve(w, x, name=solver, adjoint=adjoint, max_steps=80)
+            return jnp.sum(jax.vmap(lambda x: one(x).value)(xs))
+
+        got_w, got_x = jax.grad(loss, (0, 1))(w, xs)
+        return jax.lax.psum(got_w, "b"), got_x
+
+    mesh = _mesh(AxisType.Explicit)
+    run = _sharded(mesh, local, (P(), P("b")), (P(), P("b")), check_vma=False)
+    got_w, got_x = run(*_put(mesh, w, xs))
+    assert relative_error(got_w, grad_w) < 1e-7
+    assert relative_error(got_x, grad_x) < 1e-7
+
+
 def test_second_order_in_shard_map():
     mesh = _mesh(AxisType.Explicit)
 

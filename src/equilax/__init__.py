@@ -25,6 +25,7 @@ from ._linear import (
     FixedPointLinearSolver as FixedPointLinearSolver,
     KrylovLinearSolver as KrylovLinearSolver,
     Neumann as Neumann,
+    Terms as Terms,
 )
 from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_norm
 from ._solution import RESULTS as RESULTS, Solution as Solution

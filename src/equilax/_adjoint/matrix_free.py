@@ -1,5 +1,6 @@
 """Solve the system of a derivative by products alone: our own linear solvers."""
 
+import dataclasses
 import functools as ft
 from collections.abc import Callable
 from typing import cast
@@ -19,6 +20,7 @@ from .._linear import (
     Neumann,
     Preconditioned,
     solve_from,
+    Terms,
 )
 from .._mesh import all_vary, any_varying
 from .._misc import per_sample
@@ -102,7 +104,9 @@ def matrix_free(
     # JAX (to 0.12) lets all constants of a `custom_linear_solve` vary as its right-hand
     # side does, after their types have gone into the trace of what they are used in.
     solver, tolerance = all_vary((solver, tolerance), any_varying(y))
-    verdict = _Verdict(solver, rounding(y), problem.solver.axis_name)
+    axis_name = problem.solver.axis_name
+    terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name)
+    verdict = _Verdict(solver, rounding(y), axis_name)
 
     product_for = None
     if rule.preconditioner is not None:
@@ -123,28 +127,22 @@ def matrix_free(
         return first if is_alone else FallbackLinearSolver(first, solver)
 
     def solve(mv, vector: Float[Array, "..."], guess) -> Outcome:
-        unit = None
-        if problem.batching.axis_names:
-            unit = lax.pmax(
-                each(verdict.size)(vector), tuple(problem.batching.axis_names)
-            )
+        unit, names = None, tuple(problem.batching.axis_names)
+        if names:
+            unit = lax.pmax(terms.size(solver.norm, vector), names)
         sol = solve_from(
             solver_for(vector),
             mv,
             vector,
+            dataclasses.replace(terms, unit=unit),
             guess=guess,
-            tolerance=tolerance,
-            batching=problem.batching,
-            is_batch=problem.is_batch,
-            unit=unit,
-            axis_name=problem.solver.axis_name,
         )
         residual, result = sol.stats["residual"], sol.result
         is_usable, relative = each(verdict.judge)(sol.value, result, residual, vector)
-        if not is_truncated and (problem.is_batch or problem.batching.axis_names):
+        if not is_truncated and (problem.is_batch or names):
             # Of systems that depend on each other each has been solved as if it did
             # not. Where it does, what is left of all of them tells.
-            left = each(verdict.size)(vector - mv(sol.value))
+            left = terms.size(solver.norm, vector - mv(sol.value))
             is_usable = is_usable & each(verdict.is_true)(
                 sol.value, residual, left, vector
             )

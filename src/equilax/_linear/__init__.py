@@ -8,3 +8,4 @@ from .fallback import FallbackLinearSolver as FallbackLinearSolver
 from .fixed_point import FixedPointLinearSolver as FixedPointLinearSolver
 from .krylov import KrylovLinearSolver as KrylovLinearSolver
 from .neumann import Neumann as Neumann
+from .terms import Terms as Terms

@@ -1,6 +1,5 @@
 import abc
 import dataclasses
-import functools as ft
 from collections.abc import Callable
 from typing import Any, TypeAlias
 
@@ -9,12 +8,12 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, PyTree, Scalar
 
-from .._batching import AbstractBatching, Staged
 from .._custom_types import AxisName, BoolScalar, Norm
 from .._dtype import rounding
-from .._misc import per_sample, tree_where
-from .._norm import max_norm, measured
+from .._misc import tree_where
+from .._norm import max_norm
 from .._solution import RESULTS, Solution
+from .terms import Terms
 
 
 # A solve that stopped at the level of rounding of its solution is as good as its dtype
@@ -71,12 +70,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         self,
         mv: Callable[[PyTree[Array]], PyTree[Array]],
         vector: PyTree[Array],
-        *,
-        tolerance: Array | float,
-        batching: AbstractBatching,
-        is_batch: bool = False,
-        unit: Array | None = None,
-        axis_name: AxisName = None,
+        terms: Terms,
     ) -> Solution:
         """Solve `mv(x) = vector`.
 
@@ -84,13 +78,7 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
 
         - `mv`: A linear function.
         - `vector`: The right-hand side.
-        - `tolerance`: The residual to reach, relative to `vector`, for a solver that
-            has no tolerance of its own.
-        - `batching`: How the solve runs under `jax.vmap`.
-        - `is_batch`: Whether `vector` is a batch, along the first axis, that `mv` takes
-            as one. `tolerance`, the result and the statistics are then a sample's each.
-        - `unit`: What tolerances are relative to, in `norm`: `None` is `vector`.
-        - `axis_name`: The mesh axes along which `vector` is split.
+        - `terms`: How precisely, and in which surroundings.
         """
 
     def init(self, operator: lx.AbstractLinearOperator, options: dict[str, Any]):
@@ -112,14 +100,8 @@ class AbstractMatrixFreeSolver(lx.AbstractLinearSolver[_Operators]):
         solver = self
         if preconditioner is not None:
             solver = Preconditioned(self, preconditioner.mv)
-        sol = solve_from(
-            solver,
-            operator.mv,
-            vector,
-            guess=options.get("y0"),
-            tolerance=100 * rounding(vector),
-            batching=Staged(),
-        )
+        terms = Terms(100 * rounding(vector))
+        sol = solve_from(solver, operator.mv, vector, terms, guess=options.get("y0"))
         stats = {k: v for k, v in sol.stats.items() if k != "max_steps"}
         ran_out = sol.result == RESULTS.max_steps_reached
         is_good = sol.result == RESULTS.successful
@@ -162,26 +144,8 @@ class Preconditioned(AbstractMatrixFreeSolver):
     def norm(self):
         return self.solver.norm
 
-    def solve(
-        self,
-        mv,
-        vector,
-        *,
-        tolerance,
-        batching,
-        is_batch=False,
-        unit=None,
-        axis_name=None,
-    ):
-        sol = self.solver.solve(
-            lambda w: mv(self.product(w)),
-            vector,
-            tolerance=tolerance,
-            batching=batching,
-            is_batch=is_batch,
-            unit=unit,
-            axis_name=axis_name,
-        )
+    def solve(self, mv, vector, terms):
+        sol = self.solver.solve(lambda w: mv(self.product(w)), vector, terms)
         return dataclasses.replace(sol, value=self.product(sol.value))
 
 
@@ -189,49 +153,36 @@ def solve_from(
     solver: AbstractMatrixFreeSolver,
     mv: Callable[[PyTree[Array]], PyTree[Array]],
     vector: PyTree[Array],
+    terms: Terms,
     *,
     guess: PyTree[Array] | None,
-    tolerance: Array | float,
-    batching: AbstractBatching,
-    is_batch: bool = False,
-    unit: Array | None = None,
-    axis_name: AxisName = None,
 ) -> Solution:
     """Solve `mv(x) = vector` from a first guess, unless zero is nearer.
 
-    The other arguments are those of `solver.solve`. Cost: a product more.
+    Cost: a product more than `solver.solve`.
     """
-    solve = ft.partial(
-        solver.solve,
-        mv,
-        tolerance=tolerance,
-        batching=batching,
-        is_batch=is_batch,
-        axis_name=axis_name,
-    )
     if guess is None:
-        return solve(vector, unit=unit)
+        return solver.solve(mv, vector, terms)
     residual = jtu.tree_map(jnp.subtract, vector, mv(guess))
-    begin = per_sample(is_batch)(ft.partial(_begin, solver.norm, axis_name))
-    start, rhs, size = begin(vector, guess, residual)
-    sol = solve(rhs, unit=size if unit is None else unit)
+    size, left = (terms.size(solver.norm, x) for x in (vector, residual))
+    begin = terms.each(_begin)
+    start, rhs = begin(left < size, vector, guess, residual)
+    if terms.unit is None:
+        terms = dataclasses.replace(terms, unit=size)
+    sol = solver.solve(mv, rhs, terms)
     stats = {**sol.stats, "num_fn_evals": sol.stats["num_fn_evals"] + 1}
     value = jtu.tree_map(jnp.add, start, sol.value)
     return dataclasses.replace(sol, value=value, stats=stats)
 
 
 def _begin(
-    norm: Norm,
-    axis_name: AxisName,
+    is_nearer: BoolScalar,
     vector: PyTree[Array],
     guess: PyTree[Array],
     residual: PyTree[Array],
-) -> tuple[PyTree[Array], PyTree[Array], Scalar]:
-    """The start, the right-hand side from there, and the size of that from zero."""
-    size, left = (measured(norm, x, axis_name) for x in (vector, residual))
-    # False for a guess that is not finite.
-    is_nearer = left < size
+) -> tuple[PyTree[Array], PyTree[Array]]:
+    """The start, and the right-hand side from there."""
+    # What is not finite is no nearer.
     zero = jtu.tree_map(jnp.zeros_like, guess)
     start = tree_where(is_nearer, guess, zero)
-    rhs = tree_where(is_nearer, residual, vector)
-    return start, rhs, size
+    return start, tree_where(is_nearer, residual, vector)

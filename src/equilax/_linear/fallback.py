@@ -5,16 +5,17 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
-from .._batching import AbstractBatching, if_wanted, Lockstep
+from .._batching import if_wanted, Lockstep
 from .._check import check_instance
-from .._custom_types import AxisName, BoolScalar, Norm
+from .._custom_types import BoolScalar, Norm
 from .._dtype import rounding
-from .._misc import hoist, Hoisted, per_sample, tree_where
-from .._norm import divisor, measured
+from .._misc import hoist, Hoisted, tree_where
+from .._norm import divisor
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver, is_at_rounding
 from .fixed_point import FixedPointLinearSolver
 from .krylov import KrylovLinearSolver
+from .terms import Terms
 
 
 class FallbackLinearSolver(AbstractMatrixFreeSolver):
@@ -45,38 +46,19 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return self.first.norm
 
-    def solve(
-        self,
-        mv,
-        vector,
-        *,
-        tolerance,
-        batching,
-        is_batch=False,
-        unit=None,
-        axis_name=None,
-    ):
-        each = per_sample(is_batch)
+    def solve(self, mv, vector, terms):
         mv = hoist(mv, vector)
-        found = self.first.solve(
-            mv,
-            vector,
-            tolerance=tolerance,
-            batching=batching,
-            is_batch=is_batch,
-            unit=unit,
-            axis_name=axis_name,
-        )
+        found = self.first.solve(mv, vector, terms)
         residual = found.stats["residual"]
 
         def is_failed(value, result, residual, vector):
             is_good = is_at_rounding(
-                value, residual, vector, rounding(vector), axis_name
+                value, residual, vector, rounding(vector), terms.axis_name
             )
             is_good = is_good & (result == RESULTS.stagnation)
             return ~is_good & (result != RESULTS.successful)
 
-        failed = each(is_failed)(found.value, found.result, residual, vector)
+        failed = terms.each(is_failed)(found.value, found.result, residual, vector)
         old = _Ending(
             found.value,
             found.result,
@@ -85,24 +67,26 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
             found.stats["num_fn_evals"],
         )
 
-        # A loop of ours would not know the name of an axis that is vmapped.
-        is_plain = batching.serves_axis_names
-        again = _Again(batching if is_plain else Lockstep(), is_batch, axis_name)
-        tolerance = jnp.broadcast_to(
-            jnp.asarray(tolerance, residual.dtype), residual.shape
-        )
-        second_unit = each(lambda v: measured(self.second.norm, v, axis_name))(vector)
-        if unit is not None:
+        unit = terms.size(self.second.norm, vector)
+        if terms.unit is not None:
             # As many times the vector in its norm as in that of the first.
-            size = each(lambda v: divisor(measured(self.norm, v, axis_name)))(vector)
-            second_unit = second_unit * (unit / size)
-        operand = _Operand(
-            self.second, mv, vector, tolerance, second_unit, failed, old, self.norm
+            size = terms.each(divisor)(terms.size(self.norm, vector))
+            unit = unit * (terms.unit / size)
+        tolerance = jnp.asarray(terms.tolerance, residual.dtype)
+        tolerance = jnp.broadcast_to(tolerance, residual.shape)
+        # A loop of ours would not know the name of an axis that is vmapped.
+        is_plain = terms.batching.serves_axis_names
+        again = dataclasses.replace(
+            terms,
+            tolerance=tolerance,
+            batching=terms.batching if is_plain else Lockstep(),
+            unit=unit,
         )
+        operand = _Operand(self.second, mv, vector, again, failed, old, self.norm)
         if is_plain:
-            end = again(operand)
+            end = _again(operand)
         else:
-            end = if_wanted(jnp.any(failed), again, operand, old)
+            end = if_wanted(jnp.any(failed), _again, operand, old)
         stats = {
             **found.stats,
             "num_steps": end.num_steps,
@@ -125,8 +109,7 @@ class _Operand(eqx.Module):
     solver: AbstractMatrixFreeSolver
     mv: Hoisted
     vector: PyTree[Array]
-    tolerance: Array
-    unit: Array
+    terms: Terms
     failed: Array
     old: _Ending
     norm: Norm
@@ -146,40 +129,25 @@ def _choose(failed: BoolScalar, old: _Ending, new: _Ending) -> _Ending:
     )
 
 
-class _Again(eqx.Module):
+def _again(given: _Operand) -> _Ending:
     """Solve by the second method what the first has failed on."""
+    mv, vector, terms, failed = given.mv, given.vector, given.terms, given.failed
 
-    batching: AbstractBatching
-    is_batch: bool
-    axis_name: AxisName = eqx.field(static=True)
+    # What has been solved gets a right-hand side of zero, and takes no step.
+    def mask(failed, vector):
+        return jtu.tree_map(lambda x: jnp.where(failed, x, 0), vector)
 
-    def __call__(self, given: _Operand) -> _Ending:
-        mv, vector, failed, old = given.mv, given.vector, given.failed, given.old
-        each = per_sample(self.is_batch)
-
-        # What has been solved gets a right-hand side of zero, and takes no step.
-        def mask(failed, vector):
-            return jtu.tree_map(lambda x: jnp.where(failed, x, 0), vector)
-
-        found = given.solver.solve(
-            mv,
-            each(mask)(failed, vector),
-            tolerance=given.tolerance,
-            batching=self.batching,
-            is_batch=self.is_batch,
-            unit=given.unit,
-            axis_name=self.axis_name,
-        )
-        left = jtu.tree_map(jnp.subtract, vector, mv(found.value))
-        residual = each(lambda x: measured(given.norm, x, self.axis_name))(left)
-        new = _Ending(
-            found.value,
-            found.result,
-            residual.astype(old.residual.dtype),
-            found.stats["num_steps"],
-            found.stats["num_fn_evals"] + 1,
-        )
-        return each(_choose)(failed, old, new)
+    found = given.solver.solve(mv, terms.each(mask)(failed, vector), terms)
+    left = jtu.tree_map(jnp.subtract, vector, mv(found.value))
+    old = given.old
+    new = _Ending(
+        found.value,
+        found.result,
+        terms.size(given.norm, left).astype(old.residual.dtype),
+        found.stats["num_steps"],
+        found.stats["num_fn_evals"] + 1,
+    )
+    return terms.each(_choose)(failed, old, new)
 
 
 FallbackLinearSolver.__init__.__doc__ = """**Arguments:**

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree, Scalar
 from .._check import check_instance, check_integer
 from .._custom_types import AxisName
 from .._dtype import real, rounding
-from .._misc import hoist, per_sample
+from .._misc import hoist
 from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
 from .._solver import AbstractFixedPointSolver, Anderson, iterate
@@ -77,26 +77,15 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm if self.solver is None else self.solver.norm
 
-    def solve(
-        self,
-        mv,
-        vector,
-        *,
-        tolerance,
-        batching,
-        is_batch=False,
-        unit=None,
-        axis_name=None,
-    ):
-        each = per_sample(is_batch)
+    def solve(self, mv, vector, terms):
+        each, axis_name, unit = terms.each, terms.axis_name, terms.unit
         has_own_unit = unit is None
-        largest = each(ft.partial(max_norm, axis_name=axis_name))
-        unit = largest(vector) if has_own_unit else unit
+        unit = terms.size(max_norm, vector) if has_own_unit else unit
         unit = each(divisor)(unit)
         solver = self.solver
         if solver is None:
             # A solver has one tolerance: that of the strictest sample.
-            atol = jnp.min(jnp.asarray(tolerance), initial=1.0)
+            atol = jnp.min(jnp.asarray(terms.tolerance), initial=1.0)
             solver = Anderson(rtol=0.0, atol=atol)
         if axis_name is not None:
             solver = solver.split_along(axis_name)
@@ -107,15 +96,15 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             scaled,  # One step from zero.
             (hoist(mv, scaled), scaled),
             max_steps=self.max_steps,
-            is_batch=is_batch,
-            axis_names=batching.axis_names,
-            run=batching.solve,
+            is_batch=terms.is_batch,
+            axis_names=terms.batching.axis_names,
+            run=terms.batching.solve,
         )
         is_good = end.result == RESULTS.successful
         value, residual, stats = each(solver.postprocess)(
             end.y, end.residual, is_good, end.state
         )
-        size = largest(scaled) if has_own_unit else jnp.ones_like(unit)
+        size = terms.size(max_norm, scaled) if has_own_unit else jnp.ones_like(unit)
         result = each(ft.partial(_outcome, axis_name))(end.result, value, size)
         stats = {
             "num_steps": end.num_steps,

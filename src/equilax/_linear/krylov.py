@@ -7,7 +7,7 @@ from .._check import check_integer, check_nonnegative
 from .._custom_types import RealScalarLike
 from .._dtype import residual_dtype
 from .._krylov import gmres
-from .._misc import per_sample, struct
+from .._misc import struct
 from .._norm import divisor, num_elements, two_norm
 from .._ravel import raveller
 from .._solution import RESULTS, Solution
@@ -57,20 +57,10 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
     def norm(self):
         return two_norm
 
-    def solve(
-        self,
-        mv,
-        vector,
-        *,
-        tolerance,
-        batching,
-        is_batch=False,
-        unit=None,
-        axis_name=None,
-    ):
-        each = per_sample(is_batch)
+    def solve(self, mv, vector, terms):
+        each, axis_name = terms.each, terms.axis_name
         sample = struct(vector)
-        if is_batch:
+        if terms.is_batch:
             cut = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
             sample = jtu.tree_map(cut, sample)
         ravel, unravel = map(each, raveller(sample))
@@ -79,21 +69,21 @@ class KrylovLinearSolver(AbstractMatrixFreeSolver):
         if restart is None:
             is_large = num_elements(sample, axis_name) > _LARGE
             restart = _RESTART_LARGE if is_large else _RESTART
-        rtol = tolerance if self.rtol is None else self.rtol
+        rtol = terms.tolerance if self.rtol is None else self.rtol
         dtype = residual_dtype(vector)
         limit = jnp.asarray(rtol, dtype) + jnp.asarray(self.atol, dtype)
         limit = jnp.broadcast_to(limit, flat.shape[:-1])
-        size = each(lambda v: two_norm(v, axis_name))(flat).astype(dtype)
-        if unit is not None:
-            limit = limit * (unit.astype(dtype) / each(divisor)(size))
+        size = terms.size(two_norm, flat).astype(dtype)
+        if terms.unit is not None:
+            limit = limit * (terms.unit.astype(dtype) / each(divisor)(size))
         end = gmres(
             lambda x: ravel(mv(unravel(x))),
             flat,
             tolerance=limit,
             restart=restart,
             max_steps=self.max_steps,
-            batching=batching,
-            is_batch=is_batch,
+            batching=terms.batching,
+            is_batch=terms.is_batch,
             axis_name=axis_name,
         )
         allowed = _SLACK * limit * size

@@ -11,7 +11,7 @@ from .._check import check_fraction, check_integer
 from .._custom_types import AxisName, RealScalarLike
 from .._dtype import real
 from .._mesh import any_varying
-from .._misc import hoist, per_sample, tree_allfinite
+from .._misc import hoist, tree_allfinite
 from .._norm import max_norm
 from .._solution import RESULTS, Solution
 from .base import AbstractMatrixFreeSolver
@@ -56,19 +56,7 @@ class Neumann(AbstractMatrixFreeSolver):
     def norm(self):
         return max_norm
 
-    def solve(
-        self,
-        mv,
-        vector,
-        *,
-        tolerance,
-        batching,
-        is_batch=False,
-        unit=None,
-        axis_name=None,
-    ):
-        del tolerance, batching, unit
-        each = per_sample(is_batch)
+    def solve(self, mv, vector, terms):
         mv = hoist(mv, vector)
 
         def weigh(x):
@@ -90,9 +78,8 @@ class Neumann(AbstractMatrixFreeSolver):
             may_vary=any_varying(mv, vector),
         )
         # Gone from the compiled program where nobody asks for it.
-        residual = each(ft.partial(max_norm, axis_name=axis_name))(
-            jtu.tree_map(jnp.subtract, vector, mv(u))
-        )
+        left = jtu.tree_map(jnp.subtract, vector, mv(u))
+        residual = terms.size(max_norm, left)
         num = jnp.zeros(residual.shape, jnp.int32) + jnp.int32(self.num_terms)
         stats = {
             "num_steps": num,
@@ -100,7 +87,8 @@ class Neumann(AbstractMatrixFreeSolver):
             "max_steps": self.num_terms,
             "residual": lax.stop_gradient(residual),
         }
-        return Solution(u, each(ft.partial(_outcome, axis_name))(u), None, stats, None)
+        result = terms.each(ft.partial(_outcome, terms.axis_name))(u)
+        return Solution(u, result, None, stats, None)
 
 
 Neumann.__init__.__doc__ = """**Arguments:**
