@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from .processes import environment, SIGNALLED
+
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("optax")
@@ -25,39 +27,15 @@ pytest.importorskip("tqdm")
 _SCRIPT = Path(__file__).parents[1] / "examples" / "digits.py"
 _TIMEOUT = 240  # Of one run, in seconds. It takes five to ten.
 
-# Runs the script and sends it a signal when it calls a function for the n-th time.
-_SIGNALLED = """
-import importlib, os, runpy, sys
-
-script, number, module, name, n, *flags = sys.argv[1:]
-sys.argv = [script, *flags]
-sys.path.insert(0, os.path.dirname(script))
-owner = importlib.import_module(module)
-original = getattr(owner, name)
-num_calls = 0
-
-def counted(*args, **kwargs):
-    global num_calls
-    num_calls += 1
-    if num_calls == int(n):
-        os.kill(os.getpid(), int(number))
-    return original(*args, **kwargs)
-
-setattr(owner, name, counted)
-runpy.run_path(script, run_name="__main__")
-"""
-
 
 def _start(*flags: object, signalled: tuple = (), cwd=None) -> subprocess.Popen[bytes]:
-    # Without what the tests set for themselves.
-    environment = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
-    driver = ["-c", _SIGNALLED] if signalled else []
+    driver = ["-c", SIGNALLED] if signalled else []
     return subprocess.Popen(
         [sys.executable, *map(str, (*driver, _SCRIPT, *signalled, *flags))],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env=environment | {"PYTHONUTF8": "1"},
+        env=environment(),
         cwd=cwd,
     )
 

@@ -24,6 +24,8 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from .processes import environment, SIGNALLED
+
 
 for _name in ("matplotlib", "optax", "orbax.checkpoint", "sklearn", "tqdm"):
     pytest.importorskip(_name)
@@ -37,31 +39,6 @@ _TIMEOUT = 240  # Of one run, in seconds, on a machine that has other work.
 # have 20 seconds.
 _BOUND = 60
 
-# Runs the script and sends it a signal when it calls a function for the n-th time. One
-# that lives on dawdles, so that not all steps are made before it can react.
-_SIGNALLED = """
-import importlib, os, runpy, sys, time
-
-script, number, module, name, n, *flags = sys.argv[1:]
-sys.argv = [script, *flags]
-sys.path.insert(0, os.path.dirname(script))
-owner = importlib.import_module(module)
-original = getattr(owner, name)
-num_calls = 0
-
-def counted(*args, **kwargs):
-    global num_calls
-    num_calls += 1
-    if num_calls == int(n):
-        os.kill(os.getpid(), int(number))
-    if num_calls >= int(n):
-        time.sleep(1)
-    return original(*args, **kwargs)
-
-setattr(owner, name, counted)
-runpy.run_path(script, run_name="__main__")
-"""
-
 
 def _free_port() -> int:
     with socket.socket() as listener:
@@ -70,19 +47,13 @@ def _free_port() -> int:
 
 
 def _start(out: Path, i: int, flags: tuple, signalled: tuple = ()) -> subprocess.Popen:
-    # Without what the tests set for themselves, but for the time of compilation.
-    environment = {
-        k: v
-        for k, v in os.environ.items()
-        if k[:4] not in ("JAX_", "XLA_") or k == "JAX_PLATFORMS"
-    }
-    environment |= {
-        "PYTHONUTF8": "1",
+    environment_of_run = environment() | {
+        # For the time of compilation.
         "XLA_FLAGS": os.environ["XLA_FLAGS"],
         "JAX_COMPILATION_CACHE_DIR": str(out.parent / "cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.2",
     }
-    driver = ["-c", _SIGNALLED] if signalled else []
+    driver = ["-c", SIGNALLED] if signalled else []
     command = [*driver, _SCRIPT, *signalled, "--out", out, *_FLAGS, *flags]
     with open(f"{out}.{i}.log", "wb") as log:
         return subprocess.Popen(
@@ -90,7 +61,7 @@ def _start(out: Path, i: int, flags: tuple, signalled: tuple = ()) -> subprocess
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
-            env=environment,
+            env=environment_of_run,
         )
 
 
