@@ -6,7 +6,10 @@ import os
 # Runs a script and sends it a signal when it calls a function for the n-th time. One
 # that lives on dawdles, so that not all steps are made before it can react.
 SIGNALLED = """
-import importlib, os, runpy, sys, time
+import importlib, os, runpy, signal, sys, time
+
+# A shell has its background jobs ignore it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 script, number, module, name, n, *flags = sys.argv[1:]
 sys.argv = [script, *flags]
