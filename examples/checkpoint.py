@@ -129,12 +129,17 @@ def _parse(path: Path, line: bytes) -> dict[str, Any]:
     return header
 
 
-def _check_config(path: Path, found: Any, config: dict[str, Any]) -> None:
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} has no configuration in its header.")
+def check_same(path: Path, found: dict[str, Any], config: dict[str, Any]) -> None:
+    """Refuse a checkpoint of another configuration, and say what differs."""
     names = [n for n in {**config, **found} if found.get(n) != config.get(n)]
     if names:
         differences = ", ".join(
             f"{n} is {found.get(n)!r} there and {config.get(n)!r} here" for n in names
         )
         raise CheckpointError(f"{path} is of another configuration: {differences}.")
+
+
+def _check_config(path: Path, found: Any, config: dict[str, Any]) -> None:
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} has no configuration in its header.")
+    check_same(path, found, config)

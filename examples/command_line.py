@@ -1,7 +1,8 @@
-"""What the training examples share on the command line: numbers, a progress bar."""
+"""What the training examples share on the command line."""
 
 import argparse
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 
@@ -33,3 +34,16 @@ def progress_bar(total: int, num_done: int, *, disable: bool = False) -> tqdm:
         bar_format="{desc} |{bar}| {remaining}",
         disable=disable,
     )
+
+
+def run_resumable(
+    run: Callable[[argparse.Namespace], None], args: argparse.Namespace
+) -> None:
+    """Run, and if interrupted say how to go on."""
+    try:
+        run(args)
+    except KeyboardInterrupt:
+        print(
+            "\nInterrupted; --resume goes on from the last checkpoint.", file=sys.stderr
+        )
+        sys.exit(128 + signal.SIGINT)  # As a shell reports it.

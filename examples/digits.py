@@ -9,7 +9,6 @@ is in `digits_model.py`.
 
 import argparse
 import dataclasses
-import signal
 import sys
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import optax
-from command_line import integer, progress_bar
+from command_line import integer, progress_bar, run_resumable
 from digits_data import batches, load_data, NUM_TRAIN
 from digits_measure import assess, count, COUNTS, HISTORY, summarise
 from digits_model import (
@@ -222,12 +221,7 @@ def run_all(args: argparse.Namespace) -> None:
 def main() -> None:
     args = parse_args()
     try:
-        run_all(args)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted; --resume goes on from the last checkpoint.", file=sys.stderr
-        )
-        sys.exit(128 + signal.SIGINT)  # As a shell reports it.
+        run_resumable(run_all, args)
     except OSError as error:  # A full disk, a folder that cannot be written to.
         sys.exit(f"digits.py: error: {error}")
 

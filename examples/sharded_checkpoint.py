@@ -13,7 +13,7 @@ import equinox as eqx
 import jax
 import jax.tree_util as jtu
 import orbax.checkpoint as ocp
-from checkpoint import CheckpointError
+from checkpoint import check_same, CheckpointError
 from jax.sharding import NamedSharding
 
 
@@ -111,9 +111,4 @@ def _check(path: Path, header: Any, config: dict[str, Any]) -> None:
     found = header.get("config")
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} is damaged: its header has no configuration.")
-    names = [n for n in {**config, **found} if found.get(n) != config.get(n)]
-    if names:
-        differences = ", ".join(
-            f"{n} is {found.get(n)!r} there and {config.get(n)!r} here" for n in names
-        )
-        raise CheckpointError(f"{path} is of another configuration: {differences}.")
+    check_same(path, found, config)

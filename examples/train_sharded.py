@@ -20,7 +20,7 @@ import jax
 import orbax.checkpoint as ocp
 import sharded_checkpoint as checkpoints
 from checkpoint import CheckpointError, replace_file, serialise
-from command_line import integer, progress_bar
+from command_line import integer, progress_bar, run_resumable
 from digits_data import load_data, NUM_TRAIN
 from digits_model import LARGEST_NORM, LEARNING_RATE, TOLERANCE, WEIGHT_DECAY
 from jax.sharding import Mesh
@@ -177,13 +177,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main() -> None:
     args = parse_args()
-    try:
-        run_all(args)
-    except KeyboardInterrupt:
-        print(
-            "\nInterrupted; --resume goes on from the last checkpoint.", file=sys.stderr
-        )
-        sys.exit(128 + signal.SIGINT)  # As a shell reports it.
+    run_resumable(run_all, args)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.random as jr
+import lineax as lx
 import numpy as np
 import pytest
 from equilax.sharding import shard_vmap
@@ -215,7 +216,6 @@ def test_a_collective_along_the_batch_is_an_error_and_no_deadlock(getkey, check_
 
 
 def test_a_lineax_solver_is_refused_with_what_to_take_instead(getkey):
-    lx = pytest.importorskip("lineax")
     w, xs = _batch(getkey, 8)
 
     def one(x):

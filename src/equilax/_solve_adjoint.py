@@ -5,7 +5,7 @@ from jaxtyping import PyTree
 
 from ._adjoint import (
     AbstractImplicitAdjoint,
-    checked,
+    checker,
     ImplicitAdjoint,
     linear_system,
     Problem,
@@ -84,13 +84,7 @@ def _solve_adjoint(
     outcome = system.transpose_solve(flipped.mv, vector, start)
     value = outcome.value
     if throw:
-        value = checked(
-            outcome,
-            throw=True,
-            on_failure=rule.on_failure,
-            is_batch=is_batch,
-            axis_name=solver.axis_name,
-        )
+        value = checker(rule, problem)(outcome)
     stats = {**outcome.stats, "is_usable": outcome.is_usable}
     value = move(flipped.from_vector(value), 0, batch_axis)
     return Solution(value, outcome.result, None, stats, None)

@@ -4,10 +4,9 @@ from .base import (
     Problem as Problem,
 )
 from .implicit import ImplicitAdjoint as ImplicitAdjoint
-from .linear_system import linear_system as linear_system
+from .linear_system import checker as checker, linear_system as linear_system
 from .monitor import AdjointMonitor as AdjointMonitor
 from .on_failure import OnFailure as OnFailure
-from .outcome import checked as checked
 from .recursive_checkpoint import (
     RecursiveCheckpointAdjoint as RecursiveCheckpointAdjoint,
 )
