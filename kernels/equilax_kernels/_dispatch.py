@@ -1,22 +1,15 @@
 """The one place that knows platforms, and chooses between kernel and reference."""
 
 from collections.abc import Callable, Mapping
-from typing import Any, get_args, Literal, NamedTuple, TypeAlias
+from typing import get_args, Literal, TypeAlias, TypeVar
 
-import jax
 from jax import lax
 
 
 Implementation: TypeAlias = Literal["reference", "tpu", "triton"]
 
 _PLATFORMS = {"tpu": "tpu", "triton": "cuda"}
-
-
-class Kernel(NamedTuple):
-    """One backend's: `reason` says why it does not take these arrays, if it doesn't."""
-
-    run: Callable[..., Any]
-    reason: str | None
+_T = TypeVar("_T")
 
 
 def check_implementation(implementation: Implementation | None) -> None:
@@ -27,32 +20,19 @@ def check_implementation(implementation: Implementation | None) -> None:
         )
 
 
-def _describe(arrays: Any) -> str:
-    arrays = [x for x in jax.tree.leaves(arrays) if x.ndim > 0]
-    shapes = (f"{x.dtype}{list(x.shape)}" for x in arrays)
-    return ", ".join(shapes)
+def on_platform(
+    reference: Callable[[], _T], kernels: Mapping[str, Callable[[], _T]]
+) -> _T:
+    """Call the one of `kernels` for the platform that the program is lowered for.
 
+    Where there is none it is `reference` that is called. What is compiled holds no
+    trace of the others.
 
-def dispatch(
-    *arrays: Any,
-    reference: Callable[..., Any],
-    kernels: Mapping[str, Kernel],
-    implementation: Implementation | None,
-) -> Any:
-    """Run `reference` or one of `kernels` on `arrays`.
+    **Arguments:**
 
-    `None` takes the kernel of the platform that the program is lowered for, if it has
-    one that takes these arrays. What is compiled holds no trace of the others.
+    - `kernels`: By implementation. All return trees like that of `reference`.
     """
-    if implementation == "reference":
-        return reference(*arrays)
-    if implementation is not None:
-        kernel = kernels[implementation]
-        if kernel.reason is not None:
-            raise ValueError(
-                f"`implementation={implementation!r}` does not take "
-                f"{_describe(arrays)}: {kernel.reason}."
-            )
-        return kernel.run(*arrays)
-    able = {_PLATFORMS[k]: v.run for k, v in kernels.items() if v.reason is None}
-    return lax.platform_dependent(*arrays, default=reference, **able)
+    if not kernels:
+        return reference()
+    on = {_PLATFORMS[name]: run for name, run in kernels.items()}
+    return lax.platform_dependent(default=reference, **on)

@@ -1,4 +1,5 @@
 import dataclasses
+import functools as ft
 from typing import Any
 
 import equinox as eqx
@@ -11,14 +12,17 @@ from ._adjoint import (
     Ended,
     ImplicitAdjoint,
     Problem,
+    Run,
 )
 from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
-from ._check import check_callable, check_instance, check_integer
+from ._check import check_callable
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._failure import Kind, raise_if_failed
+from ._fused import iterate_fused
 from ._mesh import any_varying
 from ._misc import per_sample
+from ._settings import Settings
 from ._solution import RESULTS, Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state, iterate
 from ._trace import (
@@ -35,21 +39,6 @@ _KINDS = tuple(
     Kind(name, RESULTS[getattr(RESULTS, name)])
     for name in ("max_steps_reached", "stagnation", "divergence", "nonfinite")
 )
-
-
-def _check_call(
-    fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor, tags
-):
-    check_callable("fn", fn, "fn(y, args)")
-    check_instance("solver", solver, AbstractFixedPointSolver)
-    check_instance("adjoint", adjoint, AbstractAdjoint)
-    check_instance("batching", batching, AbstractBatching)
-    check_instance("throw", throw, bool)
-    check_instance("has_aux", has_aux, bool)
-    check_integer("max_steps", max_steps, 1)
-    check_instance("tags", tags, frozenset)
-    if monitor is not None:
-        check_instance("monitor", monitor, AdjointMonitor)
 
 
 def _check_monitor(monitor, y0, batch_axis):
@@ -86,24 +75,10 @@ def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
     )
 
 
-class _Settings(eqx.Module):
-    """The arguments of a solve but for those of `fn`."""
-
-    solver: AbstractFixedPointSolver
-    state: PyTree[Any]
-    monitor: AdjointMonitor | None
-    adjoint: AbstractAdjoint
-    batching: AbstractBatching
-    tags: frozenset[object] = eqx.field(static=True)
-    max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
-    has_aux: bool = eqx.field(static=True)
-    batch_axis: int | None = eqx.field(static=True)
-
-
-def _solve(problem: Problem, run) -> Ended:
-    """Solve by `run`, down to the value to be returned."""
-    end = iterate(
+def _solve(problem: Problem, run: Run | None) -> Ended:
+    """Solve down to the value to be returned; see [`equilax.AbstractAdjoint`][]."""
+    plain = ft.partial(
+        iterate,
         problem.fn,
         problem.solver,
         problem.y0,
@@ -112,7 +87,16 @@ def _solve(problem: Problem, run) -> Ended:
         is_batch=problem.is_batch,
         state=problem.state,
         axis_names=problem.batching.axis_names,
-        run=run,
+        run=problem.batching.solve if run is None else run,
+    )
+    # A kernel starts with nothing.
+    is_whole = run is None and problem.state is None
+    end = iterate_fused(
+        problem.fused if is_whole else None,
+        problem.solver,
+        problem.y0,
+        max_steps=problem.max_steps,
+        iterate=plain,
     )
     # Here, so that derivatives are those at the value that is returned.
     is_successful = end.result == RESULTS.successful
@@ -123,14 +107,15 @@ def _solve(problem: Problem, run) -> Ended:
 
 
 @eqx.filter_jit
-def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
+def _fixed_point(fn, y0, args, settings: Settings) -> Solution:
     has_aux, batch_axis = settings.has_aux, settings.batch_axis
     is_batch = batch_axis is not None
     y0 = as_state(y0)
     check_batch(y0, batch_axis)
     monitor = _check_monitor(settings.monitor, y0, batch_axis)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
-    solver, state, max_steps = settings.solver, settings.state, settings.max_steps
+    solver, state = settings.solver, settings.state
+    max_steps = int(settings.max_steps)
     batching = check_axis_names(hoisted, solver, state0, settings.batching)
     if state is not None:
         check_solver_state(solver, state0, state, max_steps, per_sample(is_batch))
@@ -146,6 +131,7 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
         max_steps,
         settings.throw,
         is_batch,
+        settings.fuse,
     )
     end, stats = settings.adjoint.apply(_solve, problem)
     # The derivative of `aux` runs through `value` and through `fn` here.
@@ -160,6 +146,12 @@ def _fixed_point(fn, y0, args, settings: _Settings) -> Solution:
     value = move(end.y, 0, batch_axis)
     sol = Solution(value, end.result, aux, stats, end.state)
     return _raise_on_failure(sol, is_batch) if settings.throw else sol
+
+
+def solve(fn, y0, args, settings: Settings) -> Solution:
+    """As [`equilax.fixed_point`][], by `settings`."""
+    settings.check()
+    return _fixed_point(fn, y0, args, settings)
 
 
 def fixed_point(
@@ -229,17 +221,17 @@ def fixed_point(
     Cost: an evaluation of `fn` more than the solver takes steps, and another one for
     `aux`. Memory: that of the solver, and three times `y`.
     """
-    _check_call(fn, solver, max_steps, adjoint, batching, throw, has_aux, monitor, tags)
-    settings = _Settings(
+    check_callable("fn", fn, "fn(y, args)")
+    settings = Settings(
         solver,
-        state,
-        monitor,
+        max_steps,
         adjoint,
         batching,
-        tags,
-        int(max_steps),
         throw,
-        has_aux,
-        batch_axis,
+        state,
+        monitor,
+        has_aux=has_aux,
+        tags=tags,
+        batch_axis=batch_axis,
     )
-    return _fixed_point(fn, y0, args, settings)
+    return solve(fn, y0, args, settings)

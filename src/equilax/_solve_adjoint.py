@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 from jaxtyping import PyTree
@@ -18,6 +18,7 @@ from ._check import check_callable, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._mesh import all_vary, any_varying
 from ._misc import per_sample
+from ._settings import Settings
 from ._solution import Solution
 from ._solver import AbstractFixedPointSolver, check_solver_state
 from ._trace import (
@@ -31,28 +32,15 @@ from ._trace import (
 
 
 @eqx.filter_jit
-def _solve_adjoint(
-    fn,
-    solver,
-    y,
-    cotangent,
-    args,
-    guess,
-    state,
-    has_aux,
-    adjoint,
-    batching,
-    throw,
-    tags,
-    batch_axis,
-) -> Solution:
+def _solve_adjoint(fn, y, cotangent, args, guess, settings: Settings) -> Solution:
+    solver, state, batch_axis = settings.solver, settings.state, settings.batch_axis
     y = as_state(y)
     check_batch(y, batch_axis)
     is_batch = batch_axis is not None
     cotangent = check_like("cotangent", cotangent, y)
     guess = None if guess is None else check_like("guess", guess, y)
-    hoisted, y = trace(fn, y, args, has_aux, batch_axis)
-    batching = check_axis_names(hoisted, solver, y, batching)
+    hoisted, y = trace(fn, y, args, settings.has_aux, batch_axis)
+    batching = check_axis_names(hoisted, solver, y, settings.batching)
     if state is None:
         state = per_sample(is_batch)(lambda y: solver.init(y, max_steps=1))(y)
     else:
@@ -65,12 +53,13 @@ def _solve_adjoint(
         state,
         None,
         batching,
-        tags,
+        settings.tags,
         1,
-        throw,
+        settings.throw,
         is_batch,
+        settings.fuse,
     )
-    rule = adjoint.rule(problem)
+    rule = cast(AbstractImplicitAdjoint, settings.adjoint).rule(problem)
     system = linear_system(rule, problem, y, state)
     flipped = transpose_system(system, y)
     axes = any_varying(y)
@@ -83,11 +72,23 @@ def _solve_adjoint(
     vector = as_vector(cotangent)
     outcome = system.transpose_solve(flipped.mv, vector, start)
     value = outcome.value
-    if throw:
+    if settings.throw:
         value = checker(rule, problem)(outcome)
     stats = {**outcome.stats, "is_usable": outcome.is_usable}
     value = move(flipped.from_vector(value), 0, batch_axis)
     return Solution(value, outcome.result, None, stats, None)
+
+
+def adjoint_by(fn, y, cotangent, args, guess, settings: Settings) -> Solution:
+    """As [`equilax.solve_adjoint`][], by `settings`."""
+    settings.check()
+    check_instance("adjoint", settings.adjoint, AbstractImplicitAdjoint)
+    if settings.state is None and isinstance(settings.adjoint, SharedInverseAdjoint):
+        raise ValueError(
+            "`state` must be the `Solution.state` of the forward pass for a "
+            "`SharedInverseAdjoint`, which takes its estimate from there; got None."
+        )
+    return _solve_adjoint(fn, y, cotangent, args, guess, settings)
 
 
 def solve_adjoint(
@@ -144,29 +145,16 @@ def solve_adjoint(
     and the linear solver's.
     """
     check_callable("fn", fn, "fn(y, args)")
-    check_instance("solver", solver, AbstractFixedPointSolver)
-    check_instance("adjoint", adjoint, AbstractImplicitAdjoint)
-    check_instance("batching", batching, AbstractBatching)
-    check_instance("throw", throw, bool)
-    check_instance("has_aux", has_aux, bool)
-    check_instance("tags", tags, frozenset)
-    if state is None and isinstance(adjoint, SharedInverseAdjoint):
-        raise ValueError(
-            "`state` must be the `Solution.state` of the forward pass for a "
-            "`SharedInverseAdjoint`, which takes its estimate from there; got None."
-        )
-    return _solve_adjoint(
-        fn,
+    settings = Settings(
         solver,
-        y,
-        cotangent,
-        args,
-        guess,
-        state,
-        has_aux,
+        1,
         adjoint,
         batching,
         throw,
-        tags,
-        batch_axis,
+        state,
+        None,
+        has_aux=has_aux,
+        tags=tags,
+        batch_axis=batch_axis,
     )
+    return adjoint_by(fn, y, cotangent, args, guess, settings)

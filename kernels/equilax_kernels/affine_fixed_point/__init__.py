@@ -1,103 +1,37 @@
-import functools as ft
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
-import jax
-import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from .._dispatch import check_implementation, dispatch, Implementation, Kernel
-from . import tpu, triton
+from .._dispatch import check_implementation, Implementation, on_platform
 from .activations import Activation
-from .folding import fold_batches, without_derivative
-from .reference import affine_fixed_point as _reference
-from .rules import Knobs, Settings, Status as Status
-from .support import resolved
+from .rules import Status as Status
+from .solvers import able, prepared, RowSolution as RowSolution, solver_by
 
 
-class RowSolution(NamedTuple):
-    """The solutions of many rows.
+def affine_kernels(
+    weight: Float[Array, "d d"],
+    u: Float[Array, "rows d"],
+    z0: Float[Array, "rows d"],
+    **options: Any,
+) -> dict[str, Callable[[], RowSolution]]:
+    """The kernels that [`affine_fixed_point`][] has for these arrays.
 
-    **Attributes:**
+    For [`on_platform`][], and a solve of one's own in the place of the reference.
 
-    - `value`: The fixed points. Of a row that failed the best iterate, or the last
-        finite one.
-    - `num_steps`: The updates of each row.
-    - `residual`: The maximum norm of $f(z) - z$ at `value`, infinite if not finite.
-    - `status`: How each row ended, a `Status`.
+    **Arguments:**
+
+    - `weight`, `u`, `z0`, `options`: As for [`affine_fixed_point`][], but for
+        `implementation`.
+
+    **Returns:**
+
+    By implementation, a function of no arguments that solves. What its kernel turns out
+    not to take under `vmap`, a batch of weights for example, it solves by the
+    reference.
     """
-
-    value: Float[Array, "rows d"]
-    num_steps: Int[Array, " rows"]
-    residual: Float[Array, " rows"]
-    status: Int[Array, " rows"]
-
-
-_NO_DERIVATIVE = (
-    "`affine_fixed_point` has no derivative of its own. That of a fixed point is a "
-    "linear solve: call it inside a rule that does one, as `equilax.fixed_point` does, "
-    "and stop the gradient of what goes in."
-)
-
-
-def _check(weight, u, z0, scale, max_steps: int, history_length: int) -> None:
-    shapes = [x.shape for x in (weight, u, z0)] + (
-        [] if scale is None else [scale.shape]
-    )
-    if u.ndim != 2 or weight.shape != (u.shape[1],) * 2 or set(shapes[1:]) != {u.shape}:
-        raise ValueError(
-            "`weight` must have the shape (d, d), and `u`, `z0` and `scale` (rows, d); "
-            f"got {', '.join(map(str, shapes))}."
-        )
-    dtypes = {str(x.dtype) for x in (weight, u, z0)} | (
-        set() if scale is None else {str(scale.dtype)}
-    )
-    if len(dtypes) > 1 or not jnp.issubdtype(u.dtype, jnp.floating):
-        raise ValueError(
-            "`weight`, `u`, `z0` and `scale` must have one real floating-point dtype; "
-            f"got {', '.join(sorted(dtypes))}."
-        )
-    if max_steps < 0 or history_length < 0:
-        raise ValueError(
-            "`max_steps` and `history_length` must not be negative; got "
-            f"{max_steps} and {history_length}."
-        )
-
-
-def _solve(settings: Settings, implementation: Implementation | None):
-    reference = ft.partial(_reference, settings=settings)
-
-    def run(weight, u, z0, scale, knobs):
-        kernels = {
-            "tpu": Kernel(
-                ft.partial(tpu.affine_fixed_point, settings=settings),
-                tpu.unsupported(weight, u, scale, settings),
-            ),
-            "triton": Kernel(
-                ft.partial(triton.affine_fixed_point, settings=settings),
-                triton.unsupported(weight, u, scale, settings),
-            ),
-        }
-        return dispatch(
-            weight,
-            u,
-            z0,
-            scale,
-            knobs,
-            reference=reference,
-            kernels=kernels,
-            implementation=implementation,
-        )
-
-    def run_each(*arrays):
-        if implementation in ("tpu", "triton"):
-            raise ValueError(
-                f"`implementation={implementation!r}` does not take a batch of "
-                "`weight` or of tolerances: under `vmap` only rows may differ."
-            )
-        return jax.vmap(reference)(*arrays)
-
-    return without_derivative(fold_batches(run, run_each), _NO_DERIVATIVE)
+    return able(*prepared(weight, u, z0, **options))
 
 
 def affine_fixed_point(
@@ -137,9 +71,10 @@ def affine_fixed_point(
     - `weight`: $W$, common to all rows.
     - `u`: What is added to the product, and with it the right-hand side of the adjoint.
     - `z0`: The start of each row.
-    - `activation`: `jnp.tanh`, `jax.nn.relu`, `jax.nn.gelu`, `jax.nn.softplus` or
-        `None`, which leaves the product as it is. For any other elementwise function
-        there is the reference alone. Keyword only argument, as are the others.
+    - `activation`: `jnp.tanh`, `jax.nn.relu`, `jax.nn.gelu`, `jax.nn.softplus`, or
+        `jax.nn.identity` or `None`, which leave the product as it is. For any other
+        elementwise function there is the reference alone. Keyword only argument, as are
+        the others.
     - `rtol`, `atol`: The tolerances. With both zero the steps are a number to be taken.
     - `max_steps`: The most steps of a row.
     - `damp`: The damping $d$, in [0, 1).
@@ -170,15 +105,23 @@ def affine_fixed_point(
     a GPU up to 128 features, without a history in bfloat16 up to 256. On TPU all must
     fit into VMEM: 1024 features in float32 do.
     """
-    weight, u, z0 = map(jnp.asarray, (weight, u, z0))
-    scale = None if scale is None else jnp.asarray(scale)
     check_implementation(implementation)
-    _check(weight, u, z0, scale, max_steps, history_length)
-    wide = u.dtype if jnp.finfo(u.dtype).bits > 32 else jnp.dtype(jnp.float32)
-    knobs = (jnp.asarray(x, wide) for x in (rtol, atol, damp, ridge, safeguard))
-    is_damped = not (isinstance(damp, (int, float)) and damp == 0)
-    settings = Settings(
-        activation, max_steps, history_length, is_damped, resolved(precision)
+    arrays, settings = prepared(
+        weight,
+        u,
+        z0,
+        activation=activation,
+        rtol=rtol,
+        atol=atol,
+        max_steps=max_steps,
+        damp=damp,
+        scale=scale,
+        history_length=history_length,
+        ridge=ridge,
+        safeguard=safeguard,
+        precision=precision,
     )
-    solve = _solve(settings, implementation)
-    return RowSolution(*solve(weight, u, z0, scale, Knobs(*knobs)))
+    if implementation is not None:
+        return solver_by(implementation, settings, insists=True)(*arrays)
+    solve = solver_by("reference", settings)
+    return on_platform(lambda: solve(*arrays), able(arrays, settings))

@@ -29,6 +29,7 @@ def _softplus(x):
 
 _IN_KERNELS = {
     jnp.tanh: jnp.tanh,
+    jax.nn.identity: lambda x: x,
     jax.nn.relu: _relu,
     jax.nn.gelu: _gelu,
     jax.nn.softplus: _softplus,
@@ -36,7 +37,8 @@ _IN_KERNELS = {
 
 
 def is_known(activation: Activation) -> bool:
-    return activation is None or activation in _IN_KERNELS
+    # Not every callable has a hash.
+    return activation is None or any(activation is fn for fn in _IN_KERNELS)
 
 
 def in_kernel(activation: Activation) -> Callable[[Array], Array]:

@@ -2,6 +2,7 @@ from .base import (
     AbstractAdjoint as AbstractAdjoint,
     Ended as Ended,
     Problem as Problem,
+    Run as Run,
 )
 from .implicit import ImplicitAdjoint as ImplicitAdjoint
 from .linear_system import checker as checker, linear_system as linear_system

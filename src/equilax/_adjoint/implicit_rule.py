@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 
-from .base import Ended, Problem
+from .base import Ended, Problem, Run
 from .linear_system import derivative, linear_system
 from .reverse_rule import is_for_reverse_alone, solve_in_reverse
 from .rule import Rule
@@ -18,7 +18,7 @@ def _is_none(x) -> bool:
 
 
 def solve_implicitly(
-    solve: Callable[[Problem, Callable], Ended], problem: Problem, rule: Rule
+    solve: Callable[[Problem, Run | None], Ended], problem: Problem, rule: Rule
 ) -> Ended:
     """Solve `problem`, its solution differentiated by the implicit function theorem."""
     if is_for_reverse_alone(problem.fn):
@@ -28,10 +28,10 @@ def solve_implicitly(
 
 @eqx.filter_custom_jvp
 def _solve(
-    solve: Callable[[Problem, Callable], Ended], problem: Problem, rule: Rule
+    solve: Callable[[Problem, Run | None], Ended], problem: Problem, rule: Rule
 ) -> Ended:
     del rule
-    return solve(problem, problem.batching.solve)
+    return solve(problem, None)
 
 
 @_solve.def_jvp

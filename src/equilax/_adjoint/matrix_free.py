@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, PyTree
 
 from .._custom_types import AxisName
 from .._dtype import rounding
+from .._fused import TransposedAt
 from .._linear import (
     AbstractMatrixFreeSolver,
     FallbackLinearSolver,
@@ -82,6 +83,16 @@ class _Verdict(eqx.Module):
         return left <= 2 * residual + 64 * self.eps * size.astype(residual.dtype)
 
 
+def _fused_at(problem: Problem, y: PyTree[Array]) -> TransposedAt | None:
+    """What has kernels for the transposed system."""
+    fused = problem.fused
+    if fused is None:
+        return None
+    arrays, static = eqx.partition(fused, eqx.is_inexact_array)
+    arrays = all_vary(lax.stop_gradient(arrays), any_varying(y))
+    return TransposedAt(eqx.combine(arrays, static), y)
+
+
 def matrix_free(
     rule: Rule,
     problem: Problem,
@@ -105,7 +116,8 @@ def matrix_free(
     # side does, after their types have gone into the trace of what they are used in.
     solver, tolerance = all_vary((solver, tolerance), any_varying(y))
     axis_name = problem.solver.axis_name
-    terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name)
+    fused = _fused_at(problem, y) if is_transposed else None
+    terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name, fused)
     verdict = _Verdict(solver, rounding(y), axis_name)
 
     product_for = None

@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import PyTree
 
 from .._misc import Hoisted
-from .base import Ended, Problem
+from .base import Ended, Problem, Run
 from .linear_system import linear_system
 from .rule import Rule
 from .transposed import settle_adjoint
@@ -42,7 +42,7 @@ def is_for_reverse_alone(tree: PyTree[Any]) -> bool:
 def _solve(params, solve, constants: Problem, rule: Rule) -> Ended:
     del rule
     problem = _problem(params, constants)
-    return solve(problem, problem.batching.solve)
+    return solve(problem, None)
 
 
 def _problem(params, constants: Problem) -> Problem:
@@ -83,7 +83,7 @@ def _absent(y, args):
 
 
 def solve_in_reverse(
-    solve: Callable[[Problem, Callable], Ended], problem: Problem, rule: Rule
+    solve: Callable[[Problem, Run | None], Ended], problem: Problem, rule: Rule
 ) -> Ended:
     """As `solve_implicitly`, for an `fn` that knows reverse mode alone."""
     params = (problem.fn, problem.args, problem.monitor)

@@ -145,6 +145,8 @@ class Preconditioned(AbstractMatrixFreeSolver):
         return self.solver.norm
 
     def solve(self, mv, vector, terms):
+        # The kernels know of no product.
+        terms = dataclasses.replace(terms, fused=None)
         sol = self.solver.solve(lambda w: mv(self.product(w)), vector, terms)
         return dataclasses.replace(sol, value=self.product(sol.value))
 

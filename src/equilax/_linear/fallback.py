@@ -81,6 +81,7 @@ class FallbackLinearSolver(AbstractMatrixFreeSolver):
             tolerance=tolerance,
             batching=terms.batching if is_plain else Lockstep(),
             unit=unit,
+            fused=None,
         )
         operand = _Operand(self.second, mv, vector, again, failed, old, self.norm)
         if is_plain:

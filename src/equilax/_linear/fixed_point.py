@@ -9,11 +9,19 @@ from jaxtyping import Array, PyTree, Scalar
 from .._check import check_instance, check_integer
 from .._custom_types import AxisName
 from .._dtype import real, rounding
+from .._fused import iterate_fused
 from .._misc import hoist
 from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
 from .._solver import AbstractFixedPointSolver, Anderson, iterate
 from .base import AbstractMatrixFreeSolver
+
+
+# That of the default solver, of a size at which half precision holds the solution: a
+# power of two.
+_TOLERANCE = 2.0**-8
+# In units of rounding: smaller is no tolerance at all.
+_LEAST = 2.0**-8
 
 
 def _richardson(u, args):
@@ -82,15 +90,18 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         has_own_unit = unit is None
         unit = terms.size(max_norm, vector) if has_own_unit else unit
         unit = each(divisor)(unit)
-        solver = self.solver
+        solver, scale = self.solver, jnp.ones_like(unit)
         if solver is None:
-            # A solver has one tolerance: that of the strictest sample.
-            atol = jnp.min(jnp.asarray(terms.tolerance), initial=1.0)
-            solver = Anderson(rtol=0.0, atol=atol)
+            # All samples share one tolerance, each in units of its own.
+            solver = Anderson(rtol=0.0, atol=_TOLERANCE)
+            tolerance = jnp.maximum(terms.tolerance, _LEAST * rounding(vector))
+            scale = scale * (tolerance / _TOLERANCE).astype(scale.dtype)
         if axis_name is not None:
             solver = solver.split_along(axis_name)
-        scaled = each(_divide)(vector, unit)
-        end = iterate(
+        # One after the other: their product may be out of range.
+        scaled = each(_divide)(each(_divide)(vector, unit), scale)
+        plain = ft.partial(
+            iterate,
             _richardson,
             solver,
             scaled,  # One step from zero.
@@ -100,20 +111,26 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             axis_names=terms.batching.axis_names,
             run=terms.batching.solve,
         )
+        fused = None if terms.fused is None else terms.fused(scaled)
+        end = iterate_fused(
+            fused, solver, scaled, max_steps=self.max_steps, iterate=plain
+        )
         is_good = end.result == RESULTS.successful
         value, residual, stats = each(solver.postprocess)(
             end.y, end.residual, is_good, end.state
         )
-        size = terms.size(max_norm, scaled) if has_own_unit else jnp.ones_like(unit)
+        size = terms.size(max_norm, scaled) if has_own_unit else 1 / scale
         result = each(ft.partial(_outcome, axis_name))(end.result, value, size)
+        dtype = residual.dtype
         stats = {
             "num_steps": end.num_steps,
             "num_fn_evals": end.num_fn_evals,
             "max_steps": self.max_steps,
-            "residual": residual * unit.astype(residual.dtype),
+            "residual": residual * scale.astype(dtype) * unit.astype(dtype),
             **stats,
         }
-        return Solution(each(_multiply)(value, unit), result, None, stats, end.state)
+        value = each(_multiply)(each(_multiply)(value, scale), unit)
+        return Solution(value, result, None, stats, end.state)
 
 
 FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**

@@ -5,6 +5,7 @@ from jaxtyping import Array, PyTree
 
 from .._batching import AbstractBatching, Staged
 from .._custom_types import AxisName, Norm
+from .._fused import TransposedAt
 from .._misc import per_sample
 from .._norm import measured
 
@@ -20,6 +21,7 @@ class Terms(eqx.Module):
     is_batch: bool = eqx.field(static=True, default=False)
     unit: Array | None = None
     axis_name: AxisName = eqx.field(static=True, default=None)
+    fused: TransposedAt | None = None
 
     @property
     def each(self) -> Callable[[Callable], Callable]:
@@ -42,4 +44,5 @@ Terms.__init__.__doc__ = """**Arguments:**
 - `unit`: What tolerances are relative to, in the `norm` of the solver. `None` is the
     right-hand side.
 - `axis_name`: The mesh axes along which the right-hand side is split.
+- `fused`: What has kernels for $u = v + (I - A) u$, or `None`.
 """

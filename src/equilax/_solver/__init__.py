@@ -1,5 +1,5 @@
 from .aitken import Aitken as Aitken
-from .anderson import Anderson as Anderson
+from .anderson import Anderson as Anderson, Rejections as Rejections
 from .anderson_type_i import AndersonTypeI as AndersonTypeI
 from .auto import Auto as Auto
 from .bad_broyden import BadBroyden as BadBroyden

@@ -1,2 +1,7 @@
+from .._fused import (
+    AbstractFusedCell as AbstractFusedCell,
+    AbstractFusedMap as AbstractFusedMap,
+    FusedEnd as FusedEnd,
+)
 from .affine_cell import AffineCell as AffineCell
 from .fixed_point_layer import FixedPointLayer as FixedPointLayer

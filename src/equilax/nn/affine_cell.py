@@ -8,6 +8,8 @@ from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._check import check_callable, check_integer
 from .._dtype import promote
+from .._fused import AbstractFusedCell
+from .affine_map import AffineMap
 
 
 class AffineCell(eqx.Module):
@@ -64,6 +66,22 @@ class AffineCell(eqx.Module):
         """The start of a solve: zero, in the dtype that a call returns."""
         return jnp.zeros((self.features,), promote(x.dtype, self.weight.dtype))
 
+    def fused(self, x: Float[Array, " in_features"]) -> AbstractFusedCell:
+        """The map at `x`, in the form that has kernels.
+
+        Their activations are `jnp.tanh`, `jax.nn.relu`, `jax.nn.gelu`,
+        `jax.nn.softplus` and `jax.nn.identity`.
+        """
+        return AffineMap(self.weight, self._drive(x), self.activation)
+
+    def _drive(self, x):
+        if x.shape != (self.in_features,):
+            raise ValueError(
+                f"`x` must have the shape ({self.in_features},), one sample without a "
+                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
+            )
+        return self.injection @ x + self.bias
+
     def __call__(
         self, z: Float[Array, " features"], x: Float[Array, " in_features"]
     ) -> Float[Array, " features"]:
@@ -76,9 +94,4 @@ class AffineCell(eqx.Module):
 
         The next state.
         """
-        if x.shape != (self.in_features,):
-            raise ValueError(
-                f"`x` must have the shape ({self.in_features},), one sample without a "
-                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
-            )
-        return self.activation(self.weight @ z + self.injection @ x + self.bias)
+        return self.activation(self.weight @ z + self._drive(x))

@@ -16,16 +16,24 @@ from .._adjoint import (
 )
 from .._batching import AbstractBatching, Staged
 from .._check import check_callable, check_instance, check_integer
-from .._fixed_point import fixed_point
+from .._fixed_point import solve
+from .._fused import AbstractFusedCell
 from .._misc import struct
+from .._settings import Settings
 from .._solution import Solution
-from .._solve_adjoint import solve_adjoint
+from .._solve_adjoint import adjoint_by
 from .._solver import AbstractFixedPointSolver
 
 
 def _call(z, args):
     cell, x, key = args
     return cell(z, x) if key is None else cell(z, x, key=key)
+
+
+def _fuse(args) -> AbstractFusedCell | None:
+    cell, x, _ = args
+    fused = getattr(cell, "fused", None)
+    return None if fused is None else fused(x)
 
 
 def _takes_key(cell: Callable) -> bool:
@@ -57,6 +65,7 @@ class FixedPointLayer(eqx.Module):
     batching: AbstractBatching
     max_steps: int = eqx.field(static=True)
     throw: bool = eqx.field(static=True)
+    fuse: bool = eqx.field(static=True)
 
     def __init__(
         self,
@@ -67,24 +76,30 @@ class FixedPointLayer(eqx.Module):
         batching: AbstractBatching = Staged(),  # noqa: B008
         max_steps: int = 256,
         throw: bool = False,
+        fuse: bool = True,
     ):
         """**Arguments:**
 
         - `cell`: Maps `(z, x)` to a tree like `z`. Any callable, in general an Equinox
-            module. Two things are optional: a method `init(x) -> z0` that shapes the
-            state, and a keyword argument `key` for randomness.
+            module. Three things are optional: a method `init(x) -> z0` that shapes the
+            state, a keyword argument `key` for randomness, and a method `fused(x)` that
+            returns an [`equilax.nn.AbstractFusedCell`][], the map in a form that has
+            kernels.
         - `solver`: A fixed-point solver, such as [`equilax.Anderson`][].
         - `adjoint`: How to differentiate the solve. The `args` of its `preconditioner`
             are `(cell, x, key)`. Keyword only argument.
         - `batching`: How the solve runs under `jax.vmap`. Keyword only argument.
         - `max_steps`: The most steps to take. Keyword only argument.
         - `throw`: Whether a failed solve raises. Keyword only argument.
+        - `fuse`: Whether a device that has a kernel for the whole solve of this cell by
+            this solver takes it. Keyword only argument.
         """
         check_callable("cell", cell, "cell(z, x)")
         check_instance("solver", solver, AbstractFixedPointSolver)
         check_instance("adjoint", adjoint, AbstractAdjoint)
         check_instance("batching", batching, AbstractBatching)
         check_instance("throw", throw, bool)
+        check_instance("fuse", fuse, bool)
         check_integer("max_steps", max_steps, 1)
         self.cell = cell
         self.solver = solver
@@ -92,6 +107,7 @@ class FixedPointLayer(eqx.Module):
         self.batching = batching
         self.max_steps = max_steps
         self.throw = throw
+        self.fuse = fuse
 
     def __call__(
         self,
@@ -138,18 +154,8 @@ class FixedPointLayer(eqx.Module):
         """
         key = key if _takes_key(self.cell) else None
         args = (self.cell, x, key)
-        return fixed_point(
-            _call,
-            self.solver,
-            self._start(z0, args),
-            args,
-            max_steps=self.max_steps,
-            adjoint=self.adjoint,
-            batching=self.batching,
-            throw=self.throw,
-            state=state,
-            monitor=monitor,
-        )
+        settings = self._settings(state, monitor)
+        return solve(_call, self._start(z0, args), args, settings)
 
     def solve_adjoint(
         self,
@@ -179,16 +185,20 @@ class FixedPointLayer(eqx.Module):
                 f"`adjoint={type(self.adjoint).__name__}` has no linear solve in its "
                 "backward pass."
             )
-        return solve_adjoint(
-            _call,
+        args = (self.cell, x, key if _takes_key(self.cell) else None)
+        settings = self._settings(state, None)
+        return adjoint_by(_call, z, cotangent, args, None, settings)
+
+    def _settings(self, state, monitor) -> Settings:
+        return Settings(
             self.solver,
-            z,
-            cotangent,
-            (self.cell, x, key if _takes_key(self.cell) else None),
-            adjoint=self.adjoint,
-            batching=self.batching,
-            throw=self.throw,
-            state=state,
+            self.max_steps,
+            self.adjoint,
+            self.batching,
+            self.throw,
+            state,
+            monitor,
+            fuse=_fuse if self.fuse else None,
         )
 
     def _start(self, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:

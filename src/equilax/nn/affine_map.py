@@ -1,0 +1,116 @@
+import dataclasses
+import functools as ft
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from equilax_kernels import affine_kernels, RowSolution, Status
+from jaxtyping import Array, Float
+
+from .._dtype import residual_dtype
+from .._fused import AbstractFusedCell, AbstractFusedMap, FusedEnd
+from .._norm import max_norm
+from .._solution import RESULTS
+from .._solver import (
+    AbstractFixedPointSolver,
+    Anderson,
+    FixedPointIteration,
+    Rejections,
+)
+
+
+_RESULTS = {
+    Status.MAX_STEPS_REACHED: RESULTS.max_steps_reached,
+    Status.NONFINITE: RESULTS.nonfinite,
+    Status.DIVERGENCE: RESULTS.divergence,
+    Status.STAGNATION: RESULTS.stagnation,
+}
+
+
+def _options(solver: AbstractFixedPointSolver) -> dict[str, Any] | None:
+    """What the kernels call the solver, or `None` if they don't have it."""
+    # Of a subclass nobody knows what it does.
+    options: dict[str, Any]
+    if type(solver) is FixedPointIteration:
+        options = {}
+    elif type(solver) is Anderson:
+        names = ("history_length", "ridge", "safeguard")
+        options = {name: getattr(solver, name) for name in names}
+    else:
+        return None
+    if solver.norm is not max_norm or solver.axis_name is not None:
+        return None
+    return options | {"rtol": solver.rtol, "atol": solver.atol, "damp": solver.damp}
+
+
+def _kernels(
+    solver: AbstractFixedPointSolver,
+    y0: Float[Array, " d"],
+    max_steps: int,
+    weight: Float[Array, "d d"],
+    u: Float[Array, " d"],
+    scale: Float[Array, " d"] | None,
+    activation: Callable[[Array], Array] | None,
+) -> Mapping[str, Callable[[], FusedEnd]]:
+    """Those for `solver`, for one row."""
+    options = _options(solver)
+    if options is None or len({x.dtype for x in (weight, u, y0)}) > 1:
+        return {}
+    if not jnp.issubdtype(y0.dtype, jnp.floating):
+        return {}
+    state = solver.init(y0, max_steps=max_steps)
+    if isinstance(solver, Anderson):
+        # Which the kernels have, but do not count.
+        unknown = Rejections(*(jnp.array(-1, jnp.int32),) * 3)
+        state = dataclasses.replace(state, rejections=unknown)
+    solves = affine_kernels(
+        weight,
+        u[None],
+        y0[None],
+        scale=None if scale is None else scale[None],
+        activation=activation,
+        max_steps=max_steps,
+        **options,
+    )
+    dtype = residual_dtype(y0)
+    return {name: ft.partial(_end, run, state, dtype) for name, run in solves.items()}
+
+
+class AffineMap(AbstractFusedCell):
+    r"""The map $z \mapsto \mathrm{activation}(W z + u)$, the activation elementwise."""
+
+    weight: Float[Array, "d d"]
+    u: Float[Array, " d"]
+    activation: Callable[[Array], Array]
+
+    def kernels(self, solver, y0, max_steps):
+        weight, u = self.weight, self.u
+        return _kernels(solver, y0, max_steps, weight, u, None, self.activation)
+
+    def transposed(self, y, vector):
+        product = self.weight @ y + self.u
+        one = jnp.ones_like(product)
+        slope = jax.jvp(self.activation, (product,), (one,))[1]
+        return _ScaledMap(self.weight.T, vector, slope)
+
+
+class _ScaledMap(AbstractFusedMap):
+    r"""The map $z \mapsto W (s \odot z) + u$."""
+
+    weight: Float[Array, "d d"]
+    u: Float[Array, " d"]
+    scale: Float[Array, " d"]
+
+    def kernels(self, solver, y0, max_steps):
+        weight, u, scale = self.weight, self.u, self.scale
+        return _kernels(solver, y0, max_steps, weight, u, scale, None)
+
+
+def _end(run: Callable[[], RowSolution], state: Any, dtype: Any) -> FusedEnd:
+    """The only row."""
+    value, num_steps, residual, status = (x[0] for x in run())
+    result = RESULTS.successful
+    for code, item in _RESULTS.items():
+        result = RESULTS.where(status == int(code), item, result)
+    return FusedEnd(value, result, num_steps, residual.astype(dtype), state)
