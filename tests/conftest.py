@@ -6,14 +6,14 @@ from importlib import metadata
 # On whatever machine: eight devices are asked for below.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Most of the suite's time is compilation, of programs that run once.
-_FLAGS = [
-    "--xla_backend_optimization_level=0",
-    "--xla_llvm_disable_expensive_passes=true",
-    "--xla_cpu_parallel_codegen_split_count=1",
-]
-if metadata.version("jaxlib").startswith("0.10."):  # Later ones have no other emitters.
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(_FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
+    "--xla_cpu_parallel_codegen_split_count=1 "
+    # Later ones have no others.
+    + "--xla_cpu_use_fusion_emitters=false"
+    * metadata.version("jaxlib").startswith("0.10."),
+)
 
 import equinox.internal as eqxi
 import jax

@@ -11,10 +11,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import equilax
 import equilax_kernels
+import equinox as eqx
 import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
+from equilax import nn
 from equilax_kernels.affine_fixed_point import specs
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
@@ -141,8 +145,57 @@ def _compile(target: str, spec: specs.Spec, activation: Any, chips) -> dict:
     return _facts(str(lowered.compile().as_text()), local)
 
 
+def _compile_layer(target: str, solver: Any, linear_solver: Any, chips) -> dict:
+    """A layer, forward and backward, with its batch split between the chips."""
+    mesh = Mesh(np.array(chips), ("rows",), axis_types=(AxisType.Auto,))
+    d, num_rows = 64, 2048
+    whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
+    adjoint = equilax.ImplicitAdjoint(linear_solver)
+    layer = eqx.filter_eval_shape(_layer, d, solver, adjoint)
+    arrays, static = eqx.partition(layer, lambda x: isinstance(x, jax.ShapeDtypeStruct))
+
+    def loss(arrays, xs):
+        return jnp.sum(jax.vmap(eqx.combine(arrays, static))(xs) ** 2)
+
+    on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    xs = jax.ShapeDtypeStruct((num_rows, d), jnp.float32)
+    with lowering(target):
+        lowered = jax.jit(jax.grad(loss)).lower(
+            jax.tree.map(lambda x: on(x, whole), arrays), on(xs, rows)
+        )
+        # A kernel that is split is lowered while the program is compiled.
+        text = str(lowered.compile().as_text())
+    return _facts(text, specs.Spec(num_rows // len(chips), d))
+
+
+def _layer(d: int, solver: Any, adjoint: Any) -> nn.FixedPointLayer:
+    cell = nn.AffineCell(d, d, dtype=jnp.float32, key=jr.key(0))
+    return nn.FixedPointLayer(cell, solver, adjoint=adjoint)
+
+
+def _layers(chips):
+    """Solvers of layers, of their adjoints, and the chips to compile for."""
+    picard = equilax.FixedPointIteration(1e-4, 1e-5)
+    anderson = equilax.Anderson(1e-4, 1e-5)
+    return (
+        (picard, equilax.FixedPointLinearSolver(picard), chips[:1]),
+        (anderson, equilax.FixedPointLinearSolver(), chips),
+        (anderson, equilax.FallbackLinearSolver(), chips[:1]),
+    )
+
+
 def main(target: str) -> None:
     chips = devices(target)
+    for solver, linear_solver, some in _layers(chips):
+        found = {
+            "layer": [type(solver).__name__, type(linear_solver).__name__],
+            "num_devices": len(some),
+        }
+        try:
+            found |= _compile_layer(target, solver, linear_solver, some)
+        except Exception as error:
+            found["error"] = f"{type(error).__name__}: {error}"[:2000]
+        print("FOUND", json.dumps(found), flush=True)
     own = specs.COMPILED_FOR_TPU if target in _TPUS else specs.COMPILED_FOR_TRITON
     cases = [(spec, chips[:1]) for spec in specs.COMPILED + own]
     cases.append((specs.COMPILED[0], chips))

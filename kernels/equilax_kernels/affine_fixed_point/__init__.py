@@ -5,6 +5,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from .._dispatch import check_implementation, Implementation, on_platform
+from .._lowered import Solve
 from .activations import Activation
 from .rules import Status as Status
 from .solvers import able, prepared, RowSolution as RowSolution, solver_by
@@ -14,6 +15,8 @@ def affine_kernels(
     weight: Float[Array, "d d"],
     u: Float[Array, "rows d"],
     z0: Float[Array, "rows d"],
+    *,
+    otherwise: Solve | None = None,
     **options: Any,
 ) -> dict[str, Callable[[], RowSolution]]:
     """The kernels that [`affine_fixed_point`][] has for these arrays.
@@ -24,14 +27,17 @@ def affine_kernels(
 
     - `weight`, `u`, `z0`, `options`: As for [`affine_fixed_point`][], but for
         `implementation`.
+    - `otherwise`: Called as `otherwise(weight, u, z0, scale, knobs)`, with scalars for
+        the last, where a kernel turns out not to fit: for a batch of weights under
+        `vmap`, in a program that is exported for CUDA, and in one that the compiler
+        divides between several TPUs. Hashable, and captures no arrays. Returns the
+        items of a `RowSolution`. Defaults to the reference. Keyword only argument.
 
     **Returns:**
 
-    By implementation, a function of no arguments that solves. What its kernel turns out
-    not to take under `vmap`, a batch of weights for example, it solves by the
-    reference.
+    By implementation, a function of no arguments that solves.
     """
-    return able(*prepared(weight, u, z0, **options))
+    return able(*prepared(weight, u, z0, **options), otherwise)
 
 
 def affine_fixed_point(

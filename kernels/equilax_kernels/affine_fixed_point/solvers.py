@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from . import tpu, triton
+from .._lowered import Solve, when_lowered
+from . import reference, tpu, triton
 from .activations import Activation
 from .folding import fold_batches, without_derivative
-from .reference import affine_fixed_point as _reference
 from .rules import Knobs, Settings
 from .support import resolved
 
@@ -103,29 +103,59 @@ def _refusal(name: str, weight, u, reason: str) -> ValueError:
     )
 
 
+_NO_ROWS = (False,) * len(Knobs._fields)
+_BACKENDS: dict[str, Any] = {"reference": reference, "tpu": tpu, "triton": triton}
+
+
+class _By(NamedTuple):
+    """A solve of arrays by one implementation: equal to any other such."""
+
+    name: str
+    settings: Settings
+
+    def __call__(self, *arrays):
+        backend = _BACKENDS[self.name]
+        return backend.affine_fixed_point(*arrays, settings=self.settings)
+
+
+def _out(weight, u, z0, scale, knobs) -> tuple[jax.ShapeDtypeStruct, ...]:
+    del weight, u, scale, knobs
+    figure = ft.partial(jax.ShapeDtypeStruct, z0.shape[:1])
+    value = jax.ShapeDtypeStruct(z0.shape, z0.dtype)
+    return value, figure(jnp.int32), figure(jnp.float32), figure(jnp.int32)
+
+
 def solver_by(
-    name: str, settings: Settings, *, insists: bool = False
+    name: str,
+    settings: Settings,
+    *,
+    otherwise: Solve | None = None,
+    insists: bool = False,
 ) -> Callable[..., RowSolution]:
     """A function of the arrays of [`prepared`][] that solves by one implementation.
 
     **Arguments:**
 
-    - `insists`: Whether what a kernel does not take is an error, in place of work for
-        the reference.
+    - `otherwise`: What does the work that a kernel does not take. Defaults to the
+        reference.
+    - `insists`: Whether that is an error instead.
     """
-    reference = ft.partial(_reference, settings=settings)
-    backend = {"tpu": tpu, "triton": triton}.get(name)
+    otherwise = _By("reference", settings) if otherwise is None else otherwise
+    backend = None if name == "reference" else _BACKENDS[name]
 
     # Under `vmap` only here the number of rows is known.
     def run(weight, u, z0, scale, knobs):
         if backend is None:
-            return reference(weight, u, z0, scale, knobs)
+            return otherwise(weight, u, z0, scale, knobs)
         reason = backend.unsupported(weight, u, scale, settings)
         if reason is None:
-            return backend.affine_fixed_point(weight, u, z0, scale, knobs, settings)
+            args = (weight, u, z0, scale, knobs)
+            is_row = (False, True, True, *(scale is not None) * (True,), *_NO_ROWS)
+            is_row = is_row if name == "triton" else None
+            return when_lowered(_By(name, settings), otherwise, args, is_row, _out)
         if insists:
             raise _refusal(name, weight, u, reason)
-        return reference(weight, u, z0, scale, knobs)
+        return otherwise(weight, u, z0, scale, knobs)
 
     def run_each(*arrays):
         if insists and backend is not None:
@@ -133,16 +163,19 @@ def solver_by(
                 f"`implementation={name!r}` does not take a batch of `weight` or of "
                 "tolerances: under `vmap` only rows may differ."
             )
-        return jax.vmap(reference)(*arrays)
+        return jax.vmap(otherwise)(*arrays)
 
     solve = without_derivative(fold_batches(run, run_each), _NO_DERIVATIVE)
     return lambda *arrays: RowSolution(*solve(*arrays))
 
 
-def able(arrays: tuple, settings: Settings) -> dict[str, Callable[[], RowSolution]]:
+def able(
+    arrays: tuple, settings: Settings, otherwise: Solve | None = None
+) -> dict[str, Callable[[], RowSolution]]:
+    """By implementation, a solve of `arrays` by it, if it takes them."""
     weight, u, _, scale, _ = arrays
     return {
-        name: ft.partial(solver_by(name, settings), *arrays)
+        name: ft.partial(solver_by(name, settings, otherwise=otherwise), *arrays)
         for name, backend in (("tpu", tpu), ("triton", triton))
         if backend.unsupported(weight, u, scale, settings) is None
     }

@@ -1,13 +1,14 @@
 import dataclasses
 import functools as ft
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from equilax_kernels import affine_kernels, RowSolution, Status
 from jaxtyping import Array, Float
 
+from .._batching import Staged
 from .._dtype import residual_dtype
 from .._fused import AbstractFusedCell, AbstractFusedMap, FusedEnd
 from .._norm import max_norm
@@ -16,6 +17,7 @@ from .._solver import (
     AbstractFixedPointSolver,
     Anderson,
     FixedPointIteration,
+    iterate,
     Rejections,
 )
 
@@ -44,6 +46,49 @@ def _options(solver: AbstractFixedPointSolver) -> dict[str, Any] | None:
     return options | {"rtol": solver.rtol, "atol": solver.atol, "damp": solver.damp}
 
 
+def _image(activation, z, args):
+    weight, u, scale = args
+    product = weight @ (z if scale is None else scale * z) + u
+    return product if activation is None else activation(product)
+
+
+class _RowByRow(NamedTuple):
+    """The same by the loop of a layer, for where there can be no kernel."""
+
+    activation: Callable[[Array], Array] | None
+    history_length: int
+    is_damped: bool
+    max_steps: int
+
+    def __call__(self, weight, u, z0, scale, knobs):
+        return jax.vmap(ft.partial(self._one, weight, knobs))(u, z0, scale)
+
+    def _one(self, weight, knobs, u, z0, scale):
+        tolerances = (knobs.rtol, knobs.atol)
+        damp = knobs.damp if self.is_damped else 0.0
+        solver = FixedPointIteration(*tolerances, damp=damp)
+        if self.history_length > 0:
+            solver = Anderson(
+                *tolerances,
+                history_length=self.history_length,
+                damp=damp,
+                ridge=knobs.ridge,
+                safeguard=knobs.safeguard,
+            )
+        end = iterate(
+            ft.partial(_image, self.activation),
+            solver,
+            z0,
+            (weight, u, scale),
+            max_steps=self.max_steps,
+            run=Staged().solve,
+        )
+        status = jnp.zeros((), jnp.int32)
+        for code, item in _RESULTS.items():
+            status = jnp.where(end.result == item, jnp.int32(int(code)), status)
+        return end.y, end.num_steps, end.residual.astype(jnp.float32), status
+
+
 def _kernels(
     solver: AbstractFixedPointSolver,
     y0: Float[Array, " d"],
@@ -64,6 +109,10 @@ def _kernels(
         # Which the kernels have, but do not count.
         unknown = Rejections(*(jnp.array(-1, jnp.int32),) * 3)
         state = dataclasses.replace(state, rejections=unknown)
+    damp = options["damp"]
+    is_damped = not (isinstance(damp, (int, float)) and damp == 0)
+    length = options.get("history_length", 0)
+    otherwise = _RowByRow(activation, length, is_damped, max_steps)
     solves = affine_kernels(
         weight,
         u[None],
@@ -71,6 +120,7 @@ def _kernels(
         scale=None if scale is None else scale[None],
         activation=activation,
         max_steps=max_steps,
+        otherwise=otherwise,
         **options,
     )
     dtype = residual_dtype(y0)
