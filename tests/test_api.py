@@ -57,9 +57,21 @@ _NAMES = {
     "solve_adjoint",
     "two_norm",
 }
-_NN_NAMES = {"AffineCell", "FixedPointLayer"}
+_NN_NAMES = {
+    "AbstractFusedCell",
+    "AbstractFusedMap",
+    "AffineCell",
+    "FixedPointLayer",
+    "FusedEnd",
+}
 _SHARDING_NAMES = {"shard_vmap"}
-_KERNEL_NAMES = {"affine_fixed_point", "max_residual", "spd_solve"}
+_KERNEL_NAMES = {
+    "affine_fixed_point",
+    "affine_kernels",
+    "max_residual",
+    "on_platform",
+    "spd_solve",
+}
 _PUBLIC = {name: getattr(eqlx, name) for name in sorted(_NAMES - {"nn", "sharding"})}
 _PUBLIC |= {f"nn.{name}": getattr(eqlx.nn, name) for name in sorted(_NN_NAMES)}
 _PUBLIC |= {f"sharding.{n}": getattr(eqlx.sharding, n) for n in _SHARDING_NAMES}
@@ -84,9 +96,13 @@ def _public(module):
 
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
-    assert _public(eqlx.nn) - {"affine_cell", "fixed_point_layer"} == _NN_NAMES
+    files = {"affine_cell", "affine_map", "fixed_point_layer"}
+    assert _public(eqlx.nn) - files == _NN_NAMES
     assert _public(eqlx.sharding) == _SHARDING_NAMES
-    assert _public(equilax_kernels) - {"spd_solve"} == _KERNEL_NAMES - {"spd_solve"}
+    types = {"RowSolution", "Status"}
+    assert _public(equilax_kernels) - {"spd_solve"} - types == _KERNEL_NAMES - {
+        "spd_solve"
+    }
     assert callable(equilax_kernels.spd_solve)
 
 

@@ -25,12 +25,17 @@ def on_platform(
 ) -> _T:
     """Call the one of `kernels` for the platform that the program is lowered for.
 
-    Where there is none it is `reference` that is called. What is compiled holds no
-    trace of the others.
+    What is compiled holds no trace of the others.
 
     **Arguments:**
 
-    - `kernels`: By implementation. All return trees like that of `reference`.
+    - `reference`: What is called where there is none.
+    - `kernels`: By implementation, `"tpu"` or `"triton"`. All return trees like that of
+        `reference`.
+
+    **Returns:**
+
+    What is called returns.
     """
     if not kernels:
         return reference()

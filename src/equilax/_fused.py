@@ -17,19 +17,23 @@ from ._solver import AbstractFixedPointSolver, Progress
 
 
 class FusedEnd(eqx.Module):
-    """How a solve ended that was done in one kernel.
-
-    **Attributes:**
-
-    - `value`, `result`, `num_steps`, `residual`: As in an [`equilax.Solution`][].
-    - `state`: A state of the solver, which has learnt nothing.
-    """
+    """How a solve ended that was done in one kernel."""
 
     value: Float[Array, " d"]
     result: RESULTS
     num_steps: IntScalar
     residual: Scalar
     state: PyTree[Any]
+
+
+FusedEnd.__init__.__doc__ = """**Arguments:**
+
+- `value`: The fixed point; of a solve that failed, the best iterate.
+- `result`: How it ended.
+- `num_steps`: The updates, int32.
+- `residual`: The norm of `f(value) - value`, in the dtype that the solver has for it.
+- `state`: What `solver.init` returns: a kernel leaves nothing learnt.
+"""
 
 
 class AbstractFusedMap(eqx.Module):

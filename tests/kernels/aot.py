@@ -9,7 +9,7 @@ import json
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import equilax
 import equilax_kernels
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 from equilax import nn
+from equilax.sharding import shard_vmap
 from equilax_kernels.affine_fixed_point import specs
 from jax.experimental import topologies
 from jax.experimental.layout import Format, Layout
@@ -35,6 +36,15 @@ from jax.sharding import (
 _TPUS = {"v5e": "v5e:2x2", "v6e": "v6e:2x2"}
 _H100 = Path(__file__).parent / "h100.txtpb"
 _ACTIVATIONS = (jax.nn.softplus, jax.nn.gelu, None, jnp.tanh, jax.nn.relu)
+
+
+class _LayerCase(NamedTuple):
+    """A layer to compile, its batch divided by `shard_vmap` or by the compiler."""
+
+    solver: Any
+    linear_solver: Any
+    chips: Any
+    by_hand: bool
 
 
 def devices(target: str):
@@ -145,17 +155,20 @@ def _compile(target: str, spec: specs.Spec, activation: Any, chips) -> dict:
     return _facts(str(lowered.compile().as_text()), local)
 
 
-def _compile_layer(target: str, solver: Any, linear_solver: Any, chips) -> dict:
+def _compile_layer(target: str, case: _LayerCase) -> dict:
     """A layer, forward and backward, with its batch split between the chips."""
+    chips = case.chips
     mesh = Mesh(np.array(chips), ("rows",), axis_types=(AxisType.Auto,))
     d, num_rows = 64, 2048
     whole, rows = NamedSharding(mesh, P()), NamedSharding(mesh, P("rows"))
-    adjoint = equilax.ImplicitAdjoint(linear_solver)
-    layer = eqx.filter_eval_shape(_layer, d, solver, adjoint)
+    adjoint = equilax.ImplicitAdjoint(case.linear_solver)
+    layer = eqx.filter_eval_shape(_layer, d, case.solver, adjoint)
     arrays, static = eqx.partition(layer, lambda x: isinstance(x, jax.ShapeDtypeStruct))
 
     def loss(arrays, xs):
-        return jnp.sum(jax.vmap(eqx.combine(arrays, static))(xs) ** 2)
+        layer = eqx.combine(arrays, static)
+        run = shard_vmap(layer, mesh, "rows") if case.by_hand else jax.vmap(layer)
+        return jnp.sum(run(xs) ** 2)
 
     on = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
     xs = jax.ShapeDtypeStruct((num_rows, d), jnp.float32)
@@ -173,26 +186,29 @@ def _layer(d: int, solver: Any, adjoint: Any) -> nn.FixedPointLayer:
     return nn.FixedPointLayer(cell, solver, adjoint=adjoint)
 
 
-def _layers(chips):
-    """Solvers of layers, of their adjoints, and the chips to compile for."""
+def _layers(chips) -> list[_LayerCase]:
     picard = equilax.FixedPointIteration(1e-4, 1e-5)
     anderson = equilax.Anderson(1e-4, 1e-5)
-    return (
-        (picard, equilax.FixedPointLinearSolver(picard), chips[:1]),
-        (anderson, equilax.FixedPointLinearSolver(), chips),
-        (anderson, equilax.FallbackLinearSolver(), chips[:1]),
-    )
+    alone = equilax.FixedPointLinearSolver()
+    return [
+        _LayerCase(picard, equilax.FixedPointLinearSolver(picard), chips[:1], False),
+        _LayerCase(anderson, equilax.FallbackLinearSolver(), chips[:1], False),
+        _LayerCase(anderson, alone, chips, False),
+        _LayerCase(anderson, alone, chips, True),
+    ]
 
 
 def main(target: str) -> None:
     chips = devices(target)
-    for solver, linear_solver, some in _layers(chips):
-        found = {
-            "layer": [type(solver).__name__, type(linear_solver).__name__],
-            "num_devices": len(some),
+    for case in _layers(chips):
+        found: dict = {
+            "layer": type(case.solver).__name__,
+            "linear_solver": type(case.linear_solver).__name__,
+            "num_devices": len(case.chips),
+            "by_hand": case.by_hand,
         }
         try:
-            found |= _compile_layer(target, solver, linear_solver, some)
+            found |= _compile_layer(target, case)
         except Exception as error:
             found["error"] = f"{type(error).__name__}: {error}"[:2000]
         print("FOUND", json.dumps(found), flush=True)
@@ -202,7 +218,7 @@ def main(target: str) -> None:
     for i, (spec, some) in enumerate(cases):
         activation = _ACTIVATIONS[i % len(_ACTIVATIONS)]
         dtype = jnp.dtype(spec.dtype).name
-        found: dict = {
+        found = {
             "spec": spec._replace(dtype=dtype, precision=spec.precision.name)._asdict(),
             "activation": getattr(activation, "__name__", None),
             "num_devices": len(some),

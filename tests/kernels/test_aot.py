@@ -69,16 +69,42 @@ def _compiled(target: str) -> list[dict]:
     return [json.loads(line.removeprefix("FOUND ")) for line in lines]
 
 
+def _name(target: str) -> str:
+    return "__gpu$xla.gpu.triton" if target == "h100" else "tpu_custom_call"
+
+
+def _check_layer(target: str, case: dict) -> None:
+    """A layer, forward and backward."""
+    is_divided = case["num_devices"] > 1
+    # No compiler can divide a kernel of Mosaic's, and so there is none.
+    if target != "h100" and is_divided and not case["by_hand"]:
+        assert _name(target) not in case["kernels"], case
+        assert case["loops"] > 0, case
+        return
+    # The gradient of the weights is a sum over devices.
+    assert case["collectives"] == ["all-reduce"] * is_divided, case
+    assert case["kernels"].count(_name(target)) == 2, case
+    # The fallback of the adjoint is there, behind a branch.
+    is_alone = case["linear_solver"] == "FixedPointLinearSolver"
+    assert (case["loops"] == 0) == is_alone, case
+    assert (case["branches"] == 0) == is_alone, case
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("target", list(_TARGETS))
 def test_each_kernel_compiles_and_is_all_there_is(target):
-    name = "__gpu$xla.gpu.triton" if target == "h100" else "tpu_custom_call"
     found = _compiled(target)
-    assert len(found) > 10
-    assert {case["num_devices"] for case in found} == {1, 4}
     for case in found:
         assert "error" not in case, case
-        assert case["kernels"] == [name], case
+    layers = [case for case in found if "layer" in case]
+    assert len(layers) == 4
+    for case in layers:
+        _check_layer(target, case)
+    kernels = [case for case in found if "spec" in case]
+    assert len(kernels) > 10
+    assert {case["num_devices"] for case in kernels} == {1, 4}
+    for case in kernels:
+        assert case["kernels"] == [_name(target)], case
         # No loop of XLA's, no choice at run time, nothing between devices, and no pass
         # over the state before or after the kernel.
         assert (case["loops"], case["branches"]) == (0, 0), case
