@@ -313,6 +313,40 @@ def test_far_from_the_solution_each_step_is_the_librarys(getkey, m, damp):
     assert jnp.allclose(out.value, sol.value, rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize("m", [1, 3])
+def test_weights_beyond_use_begin_a_history_anew(getkey, m):
+    # Along the first feature the residual changes by a billionth a step, and the
+    # extrapolation would go as far.
+    weight = jnp.array([[1 + 1e-9, 0.0], [0.9, 1.2]])
+    u = jr.normal(getkey(), (16, 2))
+    solver = eqlx.Anderson(1e-6, 1e-6, history_length=m)
+    cell = lambda z, x: jax.nn.relu(weight @ z + x)
+
+    @eqx.filter_vmap
+    def solve(x):
+        zero = jnp.zeros_like(x)
+        return eqlx.fixed_point(cell, solver, zero, x, max_steps=12, throw=False)
+
+    sol = solve(u)
+    assert jnp.sum(sol.stats["rejections"].degenerate) > 3
+    options = {"rtol": 1e-6, "atol": 1e-6, "max_steps": 12, "history_length": m}
+    out = equilax_kernels.affine_fixed_point(
+        weight, u, jnp.zeros_like(u), activation=jax.nn.relu, **options
+    )
+    assert jnp.allclose(out.value, sol.value, rtol=1e-5, atol=1e-5)
+    assert out.num_steps.tolist() == sol.stats["num_steps"].tolist()
+
+
+@every_backend
+def test_extrapolation_does_not_depend_on_the_unit(getkey, backend):
+    weight, u, _ = _problem(getkey(), 1, 4, gain=0.95)
+    units = 2.0 ** np.array([[0], [-90], [60]])
+    options = {"activation": None, "history_length": 3, "rtol": 1e-4, "atol": 0.0}
+    out = run(backend, weight, units * u, **options)
+    assert np.all(out.num_steps == out.num_steps[0])
+    assert np.array_equal(out.value / units, np.stack([out.value[0]] * 3))
+
+
 @every_backend
 def test_half_precision_adds_up_in_single(backend):
     # The product is 1 + 2^-6 + 2^-14, and what is added to it all but the last.

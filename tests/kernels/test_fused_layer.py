@@ -206,6 +206,19 @@ def test_second_order(getkey, by_kernel):
     assert len(asked) >= 2
 
 
+def test_a_tangent_is_that_of_the_solution(getkey, by_kernel):
+    by_kernel[0]("tpu")
+    layer, (xs, _) = _layer(getkey()), _inputs(getkey, 2)
+    tangent = jnp.ones_like(xs)
+    push = jax.jit(lambda x, t: jax.jvp(jax.vmap(layer), (x,), (t,))[1])
+    got = np.asarray(push(xs, tangent))
+    for k, row in enumerate(np.eye(2)):
+        for j in range(_D):
+            ct = np.outer(row, np.eye(_D)[j])
+            expected = np.sum(_gradient(layer, xs, ct)[1])
+            assert abs(got[k, j] - expected) < 5e-5
+
+
 def test_batches_within_batches(getkey, by_kernel):
     by_kernel[0]("tpu")
     layer, (xs, _) = _layer(getkey()), _inputs(getkey, 6)
@@ -314,10 +327,29 @@ def test_what_an_exported_program_holds(getkey):
     assert "custom_call" not in text("cuda")
 
 
-@pytest.mark.parametrize("solver", [_PICARD, _ANDERSON])
+@pytest.mark.parametrize(
+    "solver", [eqlx.FixedPointIteration(0.0, 1e-6, damp=0.3), _ANDERSON]
+)
 def test_where_there_can_be_no_kernel_the_loop_of_a_layer_runs(getkey, solver):
     # Exported for several platforms, none of which may hold one of Triton's.
     layer, (xs, _) = _layer(getkey(), solver), _inputs(getkey)
     run = jax.jit(jax.vmap(layer))
     exported = jax.export.export(run, platforms=["cpu", "cuda"])(xs)
     assert relative_error(exported.call(xs), _solution(layer, xs)) < 2e-5
+
+
+@pytest.mark.parametrize(("m", "damp"), [(0, 0.5), (2, 0.25)])
+def test_the_loop_takes_the_steps_of_the_kernel(getkey, by_kernel, m, damp):
+    by_kernel[0]("tpu")
+    solver = eqlx.FixedPointIteration(0.0, 1e-6, damp=damp)
+    if m > 0:
+        solver = eqlx.Anderson(0.0, 1e-6, damp=damp, history_length=m)
+    # A batch of weights has no kernel.
+    layer, x = _layer(getkey(), solver), jnp.ones(_IN, jnp.float32)
+    alone = layer.solve(x)
+    both = jax.tree.map(lambda x: jnp.stack([x] * 2) if eqx.is_array(x) else x, layer)
+    sol = eqx.filter_vmap(lambda layer: layer.solve(x))(both)
+    assert jnp.all(jnp.abs(sol.stats["num_steps"] - alone.stats["num_steps"]) <= 1)
+    assert alone.stats["num_steps"] > 5
+    assert jnp.all(sol.result == RESULTS.successful)
+    assert jnp.allclose(sol.value, alone.value[None], atol=5e-6)

@@ -1,0 +1,5 @@
+"""Faults put into the code on purpose, each of which some test must find.
+
+`python -m tests.mutations` puts in one after the other, in a copy of the tree, and runs
+the tests that are named for it: about twenty seconds each.
+"""
