@@ -61,6 +61,7 @@ _NN_NAMES = {
     "AbstractFusedCell",
     "AbstractFusedMap",
     "AffineCell",
+    "AffineMap",
     "FixedPointLayer",
     "FusedEnd",
 }

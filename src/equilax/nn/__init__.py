@@ -4,4 +4,5 @@ from .._fused import (
     FusedEnd as FusedEnd,
 )
 from .affine_cell import AffineCell as AffineCell
+from .affine_map import AffineMap as AffineMap
 from .fixed_point_layer import FixedPointLayer as FixedPointLayer

@@ -145,6 +145,15 @@ class AffineMap(AbstractFusedCell):
         return _ScaledMap(self.weight.T, vector, slope)
 
 
+AffineMap.__init__.__doc__ = """**Arguments:**
+
+- `weight`: $W$.
+- `u`: What is added to the product.
+- `activation`: `jnp.tanh`, `jax.nn.relu`, `jax.nn.gelu`, `jax.nn.softplus` or
+    `jax.nn.identity`. There are no kernels for any other.
+"""
+
+
 class _ScaledMap(AbstractFusedMap):
     r"""The map $z \mapsto W (s \odot z) + u$."""
 
