@@ -78,7 +78,6 @@ def test_checkpointing_is_the_derivative_of_the_steps_taken():
     ("name", "checkpoints"),
     [
         ("picard", 2),
-        ("anderson", None),
         ("type_i", None),
         ("broyden", None),
         ("reversible", None),

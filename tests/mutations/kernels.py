@@ -20,13 +20,6 @@ KERNELS = (
         (_SOLVES, "-k", "own_step and tpu and not strict"),
     ),
     Mutation(
-        "residual frozen",
-        _AT + "rules.py",
-        "residual=keep(residual, rows.residual)",
-        "residual=residual",
-        (_SOLVES, "-k", "own_step and tpu and not strict"),
-    ),
-    Mutation(
         "wrong residual",
         _AT + "rules.py",
         "moved = jnp.abs(f - z)\n",
@@ -144,13 +137,6 @@ KERNELS = (
         "preferred_element_type=dtype,\n    )\n",
         "preferred_element_type=dtype,\n    ).astype(z.dtype).astype(dtype)\n",
         (_SOLVES, "-k", "half and tpu"),
-    ),
-    Mutation(
-        "all padding is live",
-        _AT + "rules.py",
-        "status = jnp.where(is_row, jnp.int32(_RUNNING), jnp.int32(Status.SUCCESSFUL))",
-        "status = jnp.full(is_row.shape, jnp.int32(_RUNNING))",
-        (_SOLVES, "-k", "no_step and tpu and not strict"),
     ),
     Mutation(
         "tpu tile index",
