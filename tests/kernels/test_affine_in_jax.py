@@ -7,7 +7,7 @@ import jax.random as jr
 import jaxtyping
 import numpy as np
 import pytest
-from equilax_kernels.affine_fixed_point import Status
+from equilax_kernels.affine_fixed_point import Status, triton
 from jax import lax
 from jax.sharding import AxisType, PartitionSpec as P
 
@@ -206,3 +206,12 @@ def test_other_wrong_calls():
         _solve(weight, u, implementation="cuda")
     with pytest.raises(ValueError, match="`max_steps`.*-1"):
         _solve(weight, u, max_steps=-1)
+
+
+def test_a_tile_reaches_beyond_no_edge():
+    # An interpreter drops what is written out of bounds; a device does not.
+    tile = triton.Tile(jnp.arange(16, 20), jnp.arange(8), num_rows=18, d=7)
+    _, mask = tile.at(jnp.zeros((18, 7)), 0)
+    expected = np.zeros((4, 8), bool)
+    expected[:2, :7] = True
+    assert np.array_equal(mask, expected)

@@ -206,14 +206,14 @@ KERNELS = (
         _AT + "triton.py",
         "mask = (rows < self.num_rows) & (columns < self.d)",
         "mask = rows < self.num_rows",
-        (_SOLVES, "-k", "no_step and triton"),
+        (_IN_JAX, "-k", "no_edge"),
     ),
     Mutation(
         "triton row mask",
         _AT + "triton.py",
         "mask = (rows < self.num_rows) & (columns < self.d)",
         "mask = columns < self.d",
-        (_SOLVES, "-k", "(fill or own_step) and triton"),
+        (_IN_JAX, "-k", "no_edge"),
     ),
     Mutation(
         "triton tile index",

@@ -32,7 +32,7 @@ def unsupported(weight: Any, u: Any, scale: Any, settings: Settings) -> str | No
     return reason
 
 
-class _Tile(NamedTuple):
+class Tile(NamedTuple):
     """Where a program reads and writes: masked, since neither axis need fill it."""
 
     rows: Array
@@ -40,7 +40,7 @@ class _Tile(NamedTuple):
     num_rows: int
     d: int
 
-    def _at(self, ref, slot):
+    def at(self, ref, slot):
         shape = (self.rows.size, self.columns.size)
         rows = jnp.broadcast_to(self.rows[:, None], shape)
         columns = jnp.broadcast_to(self.columns[None, :], shape)
@@ -49,11 +49,11 @@ class _Tile(NamedTuple):
         return ref.at[slot * self.num_rows + rows, columns], mask
 
     def load(self, ref, slot=0):
-        at, mask = self._at(ref, slot)
+        at, mask = self.at(ref, slot)
         return plgpu.load(at, mask=mask, other=0)
 
     def store(self, ref, value, slot=0):
-        at, mask = self._at(ref, slot)
+        at, mask = self.at(ref, slot)
         plgpu.store(at, value.astype(ref.dtype), mask=mask)
 
 
@@ -63,7 +63,7 @@ class _Ring:
     A program has its own part of it, near by in the cache.
     """
 
-    def __init__(self, ref, tile: _Tile):
+    def __init__(self, ref, tile: Tile):
         self.ref, self.tile = ref, tile
 
     def __iter__(self):
@@ -79,7 +79,7 @@ def _put(ring: _Ring, slot, row, *, barrier):
     return ring, ring
 
 
-def _stepper(ring_refs, tile: _Tile, shape, dtype, settings, barrier):
+def _stepper(ring_refs, tile: Tile, shape, dtype, settings, barrier):
     """The function that takes a step, and the memory it starts with."""
     m = settings.history_length
     if m == 0:
@@ -121,7 +121,7 @@ def _kernel(
     d = z0_ref.shape[1]
     row_ids = pl.program_id(0) * plan.tile + jnp.arange(plan.tile, dtype=jnp.int32)
     features = jnp.arange(plan.width, dtype=jnp.int32)
-    tile = _Tile(row_ids, features, num_rows, d)
+    tile = Tile(row_ids, features, num_rows, d)
     knobs = Knobs(*(knobs_ref[i] for i in range(len(Knobs._fields))))
     # An interpreter has neither threads nor a rule for it.
     barrier = (lambda: None) if is_interpreted else plgpu.debug_barrier
