@@ -48,6 +48,7 @@ _NAMES = {
     "Staged",
     "Terms",
     "Traced",
+    "UpTo",
     "Vmapped",
     "correction_loss",
     "equilibrium_signs",
@@ -69,6 +70,8 @@ _NN_NAMES = {
     "AffineCell",
     "FixedPointLayer",
     "FusedEnd",
+    "ToleranceSchedule",
+    "WarmStart",
 }
 _SHARDING_NAMES = {"shard_vmap"}
 _KERNEL_NAMES = {
@@ -103,6 +106,7 @@ def _public(module):
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
     files = {"affine_cell", "affine_map", "fixed_point_layer"}
+    files |= {"tolerance_schedule", "warm_start"}
     assert _public(eqlx.nn) - files == _NN_NAMES
     assert _public(eqlx.sharding) == _SHARDING_NAMES
     types = {"RowSolution", "Status"}

@@ -58,6 +58,7 @@ from ._solver import (
     Reversible as Reversible,
     Squarem as Squarem,
     Traced as Traced,
+    UpTo as UpTo,
 )
 
 

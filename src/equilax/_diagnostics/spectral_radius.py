@@ -1,5 +1,4 @@
 import functools as ft
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +20,7 @@ from .._misc import struct
 from .._norm import divisor, two_norm
 from .._ravel import raveller
 from .._trace import as_state, trace, ValueOf
+from .hessenberg import radius_of
 
 
 class _Arnoldi(eqx.Module):
@@ -48,36 +48,6 @@ def _step(product: Callable, now: _Arnoldi) -> _Arnoldi:
     hessenberg = jnp.where(index[None, :] == column, entries[:, None], now.hessenberg)
     vector = jnp.where(is_over, 0, rest / divisor(norm))
     return _Arnoldi(basis, hessenberg, vector, column + 1)
-
-
-def radius_of(matrix: Float[Array, "k k"]) -> Scalar:
-    r"""The spectral radius, as $\lim_p \|A^p\|^{1/p}$ (Gelfand 1941).
-
-    Powers by squaring, each divided by its norm, $A_{j+1} = A_j^2 / s_{j+1}$, so that
-    $\log \rho = \sum_j 2^{-j} \log s_j$. It takes multiplications alone, where the
-    eigenvalues of a nonsymmetric matrix are a library call that only CPUs have.
-
-    The terms that are left out are those of $2^{-j}$ below the rounding of the dtype.
-    Each squaring is exact up to a relative error of $k \epsilon$ in the norm, and its
-    error counts $2^{-j}$: in all as much as the backward stable algorithms lose, and of
-    a defective eigenvalue of multiplicity $m$ about $\epsilon^{1/m}$, as with these.
-    """
-    dtype = matrix.dtype
-    num_squarings = 8 - math.frexp(float(jnp.finfo(dtype).eps))[1]
-    norm = two_norm(matrix).astype(dtype)
-    exact = lax.Precision.HIGHEST
-
-    def body(_, carry):
-        matrix, log_radius, weight = carry
-        squared = jnp.matmul(matrix, matrix, precision=exact)
-        norm, weight = two_norm(squared).astype(dtype), weight / 2
-        squared = squared / divisor(norm)
-        return squared, log_radius + weight * jnp.log(norm), weight
-
-    one = jnp.ones_like(norm)
-    init = (matrix / divisor(norm), jnp.log(norm), one)
-    _, log_radius, _ = lax.fori_loop(0, num_squarings, body, init)
-    return jnp.exp(log_radius)
 
 
 @eqx.filter_jit
@@ -151,7 +121,7 @@ def spectral_radius(
     - `ValueError` or `TypeError`: At trace time, for a wrong call.
 
     Cost: a linearisation of `fn`, `num_steps` products, `2 num_steps^2` passes through
-    a `y`, and some 30 to 60 products of matrices of that size. Memory: `num_steps + 3`
+    a `y`, and QR sweeps over a matrix of that size. Memory: `num_steps + 3`
     times `y`, and the linearisation.
     """
     check_callable("fn", fn, "fn(y, args)")

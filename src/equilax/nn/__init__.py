@@ -5,3 +5,5 @@ from .._fused import (
 )
 from .affine_cell import AffineCell as AffineCell
 from .fixed_point_layer import FixedPointLayer as FixedPointLayer
+from .tolerance_schedule import ToleranceSchedule as ToleranceSchedule
+from .warm_start import WarmStart as WarmStart
