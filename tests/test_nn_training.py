@@ -4,6 +4,7 @@
 # pyright: reportArgumentType=false
 
 import dataclasses
+from typing import Any
 
 import equilax as eqlx
 import equinox as eqx
@@ -18,6 +19,10 @@ from .helpers import Counted
 
 
 _make = eqx.nn.make_with_state(eqlx.nn.WarmStart)
+
+
+def _weight(layer: Any):
+    return np.asarray(layer.cell.weight)
 
 
 def test_the_second_epoch_saves_steps(getkey):
@@ -53,7 +58,7 @@ def test_the_second_epoch_saves_steps(getkey):
         # A tolerance of 1e-6 from a distance of one, or of 1e-2 after an epoch: four
         # digits in place of six.
         assert saved == 0 if epoch == 0 else saved > 0.2
-        assert np.any(before.cell.weight != layer.cell.weight)
+        assert np.any(_weight(before) != _weight(layer))
 
 
 def test_each_sample_finds_its_own_solution():
@@ -180,7 +185,7 @@ def test_a_penalty_on_a_layer(getkey):
     assert not np.any(z0)
     z = layer(x)
     slopes = np.diag(1 - np.asarray(z) ** 2)
-    jacobian = slopes @ np.asarray(layer.cell.weight)
+    jacobian = slopes @ _weight(layer)
     expected = np.max(np.abs(np.linalg.eigvals(jacobian)))
     assert np.isclose(eqlx.spectral_radius(fn, z, args, key=key), expected)
 

@@ -35,8 +35,9 @@ class EquilibriumSigns(eqx.Module):
         Near zero the solver is a no-op: the model has learnt to begin at the end.
     - `change_from_image`: That from the output at `fn(y0)`. Near zero one application
         of `fn` does all the work, and the equilibrium is a layer like others.
-    - `spread`: The largest distance between two of the solutions that converged. At the
-        level of the tolerance the equilibrium does not depend on the start.
+    - `spread`: The largest distance between two of the solutions that converged, where
+        both are near zero relative to `tolerance` times the largest start. At the level
+        of the solver's tolerance the equilibrium does not depend on the start.
     - `num_equilibria`: How many of them are apart from all before them. One is what a
         model with an equilibrium should have; none if nothing converged.
     - `num_failed`: How many solves did not converge. What they ended with is no
@@ -67,8 +68,9 @@ EquilibriumSigns.__init__.__doc__ = """**Arguments:**
 """
 
 
-def _distance(a: PyTree[Array], b: PyTree[Array]) -> Scalar:
-    larger = jnp.maximum(two_norm(a), two_norm(b))
+def _distance(a: PyTree[Array], b: PyTree[Array], least: Scalar | float = 0.0):
+    """In the two-norm, relative to the larger one, or to `least` if that is more."""
+    larger = jnp.maximum(jnp.maximum(two_norm(a), two_norm(b)), least)
     return two_norm(difference(a, b)) / divisor(larger)
 
 
@@ -103,10 +105,17 @@ def _stack(y0: PyTree[Array], starts: PyTree[Array]) -> PyTree[Array]:
     return jtu.tree_map(lambda y, x: jnp.concatenate([y[None], x]), y0, starts)
 
 
-def _apart(ys: PyTree[Array], is_found: Bool[Array, " num"], tolerance: Scalar):
+def _apart(
+    ys: PyTree[Array],
+    starts: PyTree[Array],
+    is_found: Bool[Array, " num"],
+    tolerance: Scalar,
+) -> tuple[Scalar, IntScalar]:
     """The largest distance between two that were found, and how many are new."""
+    # Of a solution of zero only the error is seen, which points anywhere.
+    least = tolerance * jnp.max(jax.vmap(two_norm)(starts))
     # Row by row, for the sake of memory.
-    distances = lax.map(lambda a: jax.vmap(lambda b: _distance(a, b))(ys), ys)
+    distances = lax.map(lambda a: jax.vmap(lambda b: _distance(a, b, least))(ys), ys)
     is_pair = is_found[:, None] & is_found[None, :]
     spread = jnp.max(jnp.where(is_pair, distances, 0))
     is_seen = jnp.tril(is_pair & (distances <= tolerance), -1)
@@ -122,12 +131,13 @@ def _signs(fn, y0, args, starts, output, tolerance, settings) -> EquilibriumSign
         sol = solve(fn, y, args, settings)
         return sol.value, sol.result == RESULTS.successful
 
-    ys, is_found = jax.vmap(run)(_stack(y0, starts))
+    starts = _stack(y0, starts)
+    ys, is_found = jax.vmap(run)(starts)
     first = jtu.tree_map(lambda y: y[0], ys)
     image = fn(y0, args)[0] if settings.has_aux else fn(y0, args)
     outputs = [output(y) for y in (first, y0, image)]
     tolerance = jnp.asarray(tolerance, residual_dtype(y0))
-    spread, num_equilibria = _apart(ys, is_found, tolerance)
+    spread, num_equilibria = _apart(ys, starts, is_found, tolerance)
     signs = EquilibriumSigns(
         change_from_start=_distance(outputs[0], outputs[1]),
         change_from_image=_distance(outputs[0], outputs[2]),

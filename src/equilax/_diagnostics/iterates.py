@@ -32,13 +32,13 @@ def _iterates(fn, solver, y0, args, indices, has_aux) -> PyTree[Array]:
         axis_names=batching.axis_names,
     )
 
-    def one_pass(carry):
+    def advance(carry):
         num_steps, now = carry
         return num_steps + 1, loop.body(num_steps, now, inputs)
 
     init = (jnp.zeros((), jnp.int32), loop.init(inputs))
     _, one_pass, carry = aligned(
-        lambda _: jnp.array(True), one_pass, init, may_vary=any_varying(inputs)
+        lambda _: jnp.array(True), advance, init, may_vary=any_varying(inputs)
     )
 
     # Of what lies between two points only the beginning is kept for the way back.
@@ -89,8 +89,9 @@ def iterates(
     **Returns:**
 
     A tree like `y0`, each leaf with a new first axis, along `indices`. Its derivative,
-    in forward mode as well as in reverse, is that of the steps: also in `y0`. With
-    `jax.lax.stop_gradient` around it, and one more application of `fn` to each point,
+    in forward mode as well as in reverse, is that of the steps: also in `y0`. It can be
+    large where the steps of an accelerated solver hang on little; with
+    `jax.lax.stop_gradient` around the points, and one more application of `fn` to each,
     it is the one-step gradient.
 
     **Raises:**
