@@ -25,6 +25,7 @@ _NAMES = {
     "Backtracking",
     "BestSoFar",
     "Broyden",
+    "EquilibriumSigns",
     "ErrorBound",
     "FallbackLinearSolver",
     "FixedPointIteration",
@@ -47,14 +48,20 @@ _NAMES = {
     "Staged",
     "Terms",
     "Traced",
+    "UpTo",
     "Vmapped",
+    "correction_loss",
+    "equilibrium_signs",
     "error_bound",
     "fixed_point",
+    "iterates",
+    "jacobian_penalty",
     "max_norm",
     "nn",
     "rms_norm",
     "sharding",
     "solve_adjoint",
+    "spectral_radius",
     "two_norm",
 }
 _NN_NAMES = {
@@ -64,6 +71,8 @@ _NN_NAMES = {
     "AffineMap",
     "FixedPointLayer",
     "FusedEnd",
+    "ToleranceSchedule",
+    "WarmStart",
 }
 _SHARDING_NAMES = {"shard_vmap"}
 _KERNEL_NAMES = {
@@ -98,6 +107,7 @@ def _public(module):
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
     files = {"affine_cell", "affine_map", "fixed_point_layer"}
+    files |= {"tolerance_schedule", "warm_start"}
     assert _public(eqlx.nn) - files == _NN_NAMES
     assert _public(eqlx.sharding) == _SHARDING_NAMES
     types = {"RowSolution", "Status"}

@@ -23,7 +23,8 @@ _ORDER = (
     ("_linear",),
     ("_adjoint",),
     ("_settings",),
-    ("_diagnostics", "_fixed_point", "_solve_adjoint"),
+    ("_fixed_point", "_solve_adjoint"),
+    ("_diagnostics",),
     ("sharding",),
     ("nn",),
 )

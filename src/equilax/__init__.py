@@ -17,7 +17,16 @@ from ._batching import (
     Staged as Staged,
     Vmapped as Vmapped,
 )
-from ._diagnostics import error_bound as error_bound, ErrorBound as ErrorBound
+from ._diagnostics import (
+    correction_loss as correction_loss,
+    equilibrium_signs as equilibrium_signs,
+    EquilibriumSigns as EquilibriumSigns,
+    error_bound as error_bound,
+    ErrorBound as ErrorBound,
+    iterates as iterates,
+    jacobian_penalty as jacobian_penalty,
+    spectral_radius as spectral_radius,
+)
 from ._fixed_point import fixed_point as fixed_point
 from ._linear import (
     AbstractMatrixFreeSolver as AbstractMatrixFreeSolver,
@@ -49,6 +58,7 @@ from ._solver import (
     Reversible as Reversible,
     Squarem as Squarem,
     Traced as Traced,
+    UpTo as UpTo,
 )
 
 

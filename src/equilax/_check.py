@@ -3,6 +3,8 @@
 import inspect
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ._custom_types import AxisName, RealScalarLike
@@ -29,6 +31,22 @@ def check_integer(name: str, value: Any, least: int):
     if not is_integer or value < least:
         raise ValueError(
             f"`{name}` must be an integer of at least {least}; got {value!r}."
+        )
+
+
+def check_key(name: str, value: Any):
+    """Refuse what is not one PRNG key, new style or old."""
+    dtype = getattr(value, "dtype", None)
+    is_new = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if not is_new and dtype != jnp.uint32:
+        raise TypeError(
+            f"`{name}` must be a PRNG key, as by `jax.random.key(0)`; got {value!r}."
+        )
+    shape = value.shape if is_new else value.shape[:-1]
+    if shape != () or value.ndim != int(not is_new):
+        raise ValueError(
+            f"`{name}` must be one PRNG key; got keys of the shape {shape}. Inside "
+            "`jax.vmap` there is one for each sample."
         )
 
 

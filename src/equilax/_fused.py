@@ -118,4 +118,5 @@ def _progress(end: FusedEnd, y0: PyTree[Array]) -> Progress:
         best_step=end.num_steps,
         best_y=value,
         is_trial=false,
+        is_last=false,
     )

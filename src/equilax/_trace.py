@@ -22,25 +22,26 @@ class ValueOf(eqx.Module, Generic[Y]):
         return self.fn(y, args)[0]
 
 
-def as_state(y0: PyTree[Any]) -> PyTree[Any]:
+def as_state(y0: PyTree[Any], name: str = "y0") -> PyTree[Any]:
     """`y0` as a tree of strongly typed inexact arrays, or an error that says why."""
     leaves = jtu.tree_leaves(y0)
     if not leaves:
         raise ValueError(
-            f"`y0` must have at least one array; got the empty structure {y0!r}."
+            f"`{name}` must have at least one array; got the empty structure {y0!r}."
         )
 
     def convert(x):
         if not eqx.is_array_like(x):
             raise TypeError(
-                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
-                f"{x!r} of type {type(x).__name__}."
+                f"`{name}` must be a pytree of floating-point or complex arrays; got a "
+                f"leaf {x!r} of type {type(x).__name__}."
             )
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise TypeError(
-                "`y0` must be a pytree of floating-point or complex arrays; got a leaf "
-                f"of dtype {x.dtype}. Convert it, as in `y0.astype(jnp.float32)`."
+                f"`{name}` must be a pytree of floating-point or complex arrays; got a "
+                f"leaf of dtype {x.dtype}. Convert it, as in "
+                f"`{name}.astype(jnp.float32)`."
             )
         return jax.lax.convert_element_type(x, x.dtype)  # No longer weakly typed.
 
@@ -116,11 +117,12 @@ def move(tree: PyTree[Array], source: int | None, target: int | None) -> PyTree[
 
 
 def trace(
-    fn, y0, args, has_aux: bool, batch_axis: int | None
+    fn, y0, args, has_aux: bool, batch_axis: int | None, name: str = "y0"
 ) -> tuple[Hoisted, PyTree[Any]]:
     """Trace `fn` once, at a `y0` that varies over the mesh axes of its image.
 
-    In what is returned the batch, if there is one, is along the first axis.
+    In what is returned the batch, if there is one, is along the first axis. `name` is
+    that of `y0` in errors.
     """
     y0 = move(y0, batch_axis, 0)
     found: list[frozenset[str]] = []
@@ -128,7 +130,7 @@ def trace(
     def checked(y, args):
         y = move(y, 0, batch_axis)
         f, aux = _split(fn(y, args), has_aux)
-        _check_same("`fn`", "return", "`y0`", f, y)
+        _check_same("`fn`", "return", f"`{name}`", f, y)
         f = jtu.tree_map(lambda x, like: jnp.asarray(x, like.dtype), f, y)
         found.append(any_varying(f))
         return move(f, batch_axis, 0), aux

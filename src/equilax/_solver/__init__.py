@@ -24,4 +24,5 @@ from .progress import Progress as Progress
 from .reversible import Reversible as Reversible, Way as Way
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
+from .up_to import UpTo as UpTo
 from .warm_start import check_solver_state as check_solver_state

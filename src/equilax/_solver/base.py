@@ -66,12 +66,15 @@ class Step(eqx.Module, Generic[Y, SolverState]):
     - `is_trial`: Whether the solver can take the iterate back. A trial may be infinite,
         not a number or far off without ending the solve: the next step is the solver's
         answer to it.
+    - `is_last`: Whether the solver wants no step after this one. The solve then ends as
+        if `max_steps` had been reached.
     """
 
     y: Y
     state: SolverState
     num_evals: IntScalar | int = 0
     is_trial: BoolScalar | bool = False
+    is_last: BoolScalar | bool = False
 
 
 class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):

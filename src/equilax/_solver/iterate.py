@@ -44,7 +44,7 @@ def _verdict(
     converged = judged.scaled < 1
     diverged = (now.residual > _DIVERGED * now.first_residual) & ~now.is_trial
     stagnated = now.num_steps - now.best_step >= patience
-    ran_out = now.num_steps >= max_steps
+    ran_out = now.is_last | (now.num_steps >= max_steps)
 
     # Later lines win.
     result = RESULTS.where(is_budget, RESULTS.successful, RESULTS.max_steps_reached)
@@ -77,6 +77,7 @@ def _start(
         best_step=zero,
         best_y=y0,
         is_trial=jnp.array(False),
+        is_last=jnp.array(False),
     )
 
 
@@ -155,6 +156,7 @@ def _advance(
         num_steps=now.num_steps + proceed.astype(jnp.int32),
         num_fn_evals=now.num_fn_evals + 1 + num_evals,
         is_trial=jnp.asarray(step.is_trial),
+        is_last=jnp.asarray(step.is_last),
     )
     return _freeze(now, new)
 

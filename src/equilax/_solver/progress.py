@@ -22,3 +22,4 @@ class Progress(eqx.Module, Generic[Y]):
     best_step: IntScalar
     best_y: Y
     is_trial: BoolScalar
+    is_last: BoolScalar

@@ -6,3 +6,5 @@ from .._fused import (
 from .affine_cell import AffineCell as AffineCell
 from .affine_map import AffineMap as AffineMap
 from .fixed_point_layer import FixedPointLayer as FixedPointLayer
+from .tolerance_schedule import ToleranceSchedule as ToleranceSchedule
+from .warm_start import WarmStart as WarmStart

@@ -152,10 +152,30 @@ class FixedPointLayer(eqx.Module):
             learnt of the cell: with its `value` as `z0`, from frame to frame, say.
             Keyword only argument.
         """
-        key = key if _takes_key(self.cell) else None
-        args = (self.cell, x, key)
-        settings = self._settings(state, monitor)
-        return solve(_call, self._start(z0, args), args, settings)
+        return solve(*self.problem(x, z0=z0, key=key), self._settings(state, monitor))
+
+    def problem(
+        self,
+        x: PyTree[Any],
+        *,
+        z0: PyTree[Array] | None = None,
+        key: PRNGKeyArray | None = None,
+    ) -> tuple[Callable, PyTree[Array], PyTree[Any]]:
+        """The problem that the layer solves, for a function that wants it bare.
+
+        As in `fn, z0, args = layer.problem(x)`, then
+        `equilax.jacobian_penalty(fn, layer(x), args, key=key)`.
+
+        **Arguments:**
+
+        - `x`, `z0`, `key`: As for calling the layer.
+
+        **Returns:**
+
+        The function, the initial guess and the `args` of [`equilax.fixed_point`][].
+        """
+        args = (self.cell, x, key if _takes_key(self.cell) else None)
+        return _call, self._start(z0, args), args
 
     def solve_adjoint(
         self,

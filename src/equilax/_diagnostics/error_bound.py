@@ -3,13 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from ._bounds import bounds, ErrorBound, flatten, vary_together
-from ._check import check_callable, check_instance, check_integer, check_nonnegative
-from ._custom_types import Args, Aux, MaybeAuxFn, RealScalarLike, Y
-from ._dtype import rounding
-from ._mesh import any_varying
-from ._solution import Solution
-from ._trace import as_state, trace, ValueOf
+from .._bounds import bounds, ErrorBound, flatten, vary_together
+from .._check import check_callable, check_instance, check_integer, check_nonnegative
+from .._custom_types import Args, Aux, MaybeAuxFn, RealScalarLike, Y
+from .._dtype import rounding
+from .._mesh import any_varying
+from .._solution import Solution
+from .._trace import as_state, trace, ValueOf
 
 
 @eqx.filter_jit
