@@ -114,8 +114,7 @@ def _fixed_point(fn, y0, args, settings: Settings) -> Solution:
     check_batch(y0, batch_axis)
     monitor = _check_monitor(settings.monitor, y0, batch_axis)
     hoisted, state0 = trace(fn, y0, args, has_aux, batch_axis)
-    solver, state = settings.solver, settings.state
-    max_steps = int(settings.max_steps)
+    solver, state, max_steps = settings.solver, settings.state, settings.max_steps
     batching = check_axis_names(hoisted, solver, state0, settings.batching)
     if state is not None:
         check_solver_state(solver, state0, state, max_steps, per_sample(is_batch))

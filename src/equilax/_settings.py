@@ -2,6 +2,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+import numpy as np
 from jaxtyping import PyTree
 
 from ._adjoint import AbstractAdjoint, AdjointMonitor
@@ -9,6 +10,11 @@ from ._batching import AbstractBatching
 from ._check import check_instance, check_integer
 from ._fused import AbstractFusedCell
 from ._solver import AbstractFixedPointSolver
+
+
+def _as_int(number: Any) -> Any:
+    """What is static is compared and hashed, which numbers of NumPy's are no good at."""
+    return int(number) if isinstance(number, np.integer) else number
 
 
 class Settings(eqx.Module):
@@ -20,7 +26,7 @@ class Settings(eqx.Module):
     """
 
     solver: AbstractFixedPointSolver
-    max_steps: int = eqx.field(static=True)
+    max_steps: int = eqx.field(static=True, converter=_as_int)
     adjoint: AbstractAdjoint
     batching: AbstractBatching
     throw: bool = eqx.field(static=True)
