@@ -13,7 +13,7 @@ from ._solver import AbstractFixedPointSolver
 
 
 def _as_int(number: Any) -> Any:
-    """What is static is compared and hashed, which numbers of NumPy's are no good at."""
+    """What is static is hashed and compared: numbers of NumPy's are not made for it."""
     return int(number) if isinstance(number, np.integer) else number
 
 

@@ -1,6 +1,7 @@
 """A layer that is solved by the kernels of its cell, forward and backward."""
 
 import functools as ft
+from typing import Any, cast
 
 import equilax as eqlx
 import equilax._fused as fused
@@ -49,8 +50,8 @@ def by_kernel(monkeypatch):
     jax.clear_caches()
 
 
-def _layer(key, solver=_PICARD, activation=jnp.tanh, gain=0.6, **options):
-    cell = nn.AffineCell(_IN, _D, activation, dtype=jnp.float32, key=key)
+def _layer(key, solver: Any = _PICARD, activation: Any = jnp.tanh, gain=0.6, **options):
+    cell: Any = nn.AffineCell(_IN, _D, activation, dtype=jnp.float32, key=key)
     weight = gain * cell.weight / jnp.linalg.norm(cell.weight, 2)
     cell = eqx.tree_at(lambda c: c.weight, cell, weight.astype(jnp.float32))
     return nn.FixedPointLayer(cell, solver, **options)
@@ -253,7 +254,7 @@ def test_in_shard_map(getkey, by_kernel):
     run = jax.shard_map(
         jax.grad(of_weight), mesh=mesh, in_specs=(P(), P("b"), P("b")), out_specs=P()
     )
-    got = jax.jit(run)(layer.cell.weight, xs, ct)
+    got = jax.jit(run)(cast(nn.AffineCell, layer.cell).weight, xs, ct)
     assert relative_error(got, _gradient(layer, xs, ct)[0]) < 5e-5
 
 
@@ -277,7 +278,9 @@ def test_what_has_no_kernel(getkey, by_kernel, other):
     z = layer(x)
     assert asked == []
     weight, injection = _numbers(layer)
-    image = layer.cell.activation(weight @ np.asarray(z) + injection @ np.ones(_IN))
+    image = cast(nn.AffineCell, layer.cell).activation(
+        weight @ np.asarray(z) + injection @ np.ones(_IN)
+    )
     assert np.allclose(image, z, atol=1e-5)
 
 
