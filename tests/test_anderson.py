@@ -9,7 +9,7 @@ import pytest
 from .helpers import is_successful
 
 
-def _by_hand(fn, y, num_steps, m, safeguard):
+def _by_hand(fn, y, num_steps, m, safeguard, damp):
     """Type II by dense least squares, with the step back: iterates and rejections."""
     iterates, d_g, d_f = [y], [], []
     base: list = []
@@ -22,14 +22,18 @@ def _by_hand(fn, y, num_steps, m, safeguard):
             d_f.append(f - base[1])
             d_g, d_f = d_g[-m:], d_f[-m:]
         if is_trial and np.max(np.abs(g)) > safeguard * np.max(np.abs(base[0])):
-            y, is_trial, num_rejected = base[1], False, num_rejected + 1
+            y, is_trial, num_rejected = (
+                base[1] - damp * base[0],
+                False,
+                num_rejected + 1,
+            )
         else:
             base = [g, f]
-            y = f
+            y = f - damp * g
             if d_g:
                 left = np.stack(d_g, axis=1)
                 weights, *_ = np.linalg.lstsq(left, g, rcond=None)
-                y = f - np.stack(d_f, axis=1) @ weights
+                y = y - (np.stack(d_f, axis=1) - damp * left) @ weights
             is_trial = bool(d_g)
         iterates.append(y)
     return iterates, num_rejected
@@ -40,12 +44,13 @@ def _bumpy(y):
     return 0.9 * y + 0.6 * np.sin(3 * y) + np.array([0.3, -0.1, 0.5])
 
 
-@pytest.mark.parametrize("safeguard", [1.0, 1.2, np.inf])
-def test_iterates_with_and_without_a_step_back(safeguard):
+@pytest.mark.parametrize(("safeguard", "damp"), [(1.0, 0.0), (1.2, 0.3), (np.inf, 0.0)])
+def test_iterates_with_and_without_a_step_back(safeguard, damp):
     fn = lambda y, _: 0.9 * y + 0.6 * jnp.sin(3 * y) + jnp.array([0.3, -0.1, 0.5])
-    solver = eqlx.Anderson(0.0, 0.0, history_length=2, ridge=0.0, safeguard=safeguard)
+    options = {"ridge": 0.0, "safeguard": safeguard, "damp": damp}
+    solver = eqlx.Anderson(0.0, 0.0, history_length=2, **options)
     start = np.array([4.0, -2.0, 1.0])
-    iterates, num_rejected = _by_hand(_bumpy, start, 9, 2, safeguard)
+    iterates, num_rejected = _by_hand(_bumpy, start, 9, 2, safeguard, damp)
     for max_steps in (2, 5, 9):
         sol = eqlx.fixed_point(fn, solver, jnp.asarray(start), max_steps=max_steps)
         assert np.allclose(sol.value, iterates[max_steps], rtol=1e-7), max_steps
@@ -64,6 +69,8 @@ def test_a_trial_that_is_not_finite_is_taken_back():
     sol = eqlx.fixed_point(fn, eqlx.Anderson(0.0, 1e-10), jnp.ones(2), max_steps=100)
     assert np.allclose(sol.value, 5, rtol=1e-9)
     assert sol.stats["rejections"].nonfinite >= 1
+    # It is no part of the history, which stays of use.
+    assert sol.stats["rejections"].degenerate == 0
 
 
 def test_a_map_without_a_way_out_is_still_nonfinite():

@@ -47,8 +47,8 @@ def _verdict(tree: Path, mutation: Mutation) -> str:
         return "found: the tests hang"
     finally:
         path.write_text(text)
-    if code == 1:
-        return "found"
+    if code == 1 or code < 0:
+        return "found" if code == 1 else f"found: the tests end with {code}"
     return "SURVIVED" if code == 0 else f"BROKEN: pytest ended with {code}"
 
 
