@@ -244,35 +244,3 @@ def test_the_gate_of_a_gru_cell_has_no_part_in_its_equilibrium(getkey):
     assert np.max(np.abs(np.tanh(new + reset * (u[40:] @ z + c)) - z)) < 1e-10
     _, gate, new = np.split(np.abs(grads.gru.weight_hh), 3)
     assert gate.max() < 1e-9 * new.max()
-
-
-_WRONG = [
-    (lambda k: nn.MLPCell(3, 4, 0, key=k), "`width` .* at least 1; got 0"),
-    (lambda k: nn.MLPCell(3, 4, 5, 0, key=k), "`depth` .* at least 1; got 0"),
-    (lambda k: nn.MLPCell(3, 4, 5, activation=2, key=k), "`activation` .* callable"),
-    (lambda k: nn.MLPCell(3, 4, 5, dtype=int, key=k), "`dtype` .* got int"),
-    (lambda k: nn.GRUCell(3, -1, key=k), "`features` .* at least 1; got -1"),
-    (lambda k: nn.GraphCell(0, 1, key=k), "`in_features` .* at least 1; got 0"),
-]
-
-
-@pytest.mark.parametrize(("make", "message"), _WRONG, ids=[m for _, m in _WRONG])
-def test_a_wrong_constructor_says_what_was_wrong(getkey, make, message):
-    with pytest.raises((ValueError, TypeError), match=message):
-        make(getkey())
-
-
-@pytest.mark.parametrize("kind", [nn.MLPCell, nn.GRUCell])
-def test_a_sample_that_does_not_fit_says_so(getkey, kind):
-    sizes = (3, 4, 5) if kind is nn.MLPCell else (3, 4)
-    cell = kind(*sizes, dtype=jnp.float32, key=getkey())
-    z, x = jnp.zeros(4, jnp.float32), jnp.zeros(3, jnp.float32)
-    for call in (cell.init, lambda x: cell(z, x)):
-        with pytest.raises(ValueError, match=r"`x` .* \(3,\).*got \(5,\)"):
-            call(jnp.zeros(5, jnp.float32))
-    with pytest.raises(ValueError, match=r"`z` .* \(4,\).*got \(3,\)"):
-        cell(x, x)
-    with pytest.raises(ValueError, match="`x` .* float32; got float64"):
-        cell(z, jnp.zeros(3))
-    with pytest.raises(ValueError, match="`z` .* float32; got float64"):
-        cell(jnp.zeros(4), x)

@@ -1,4 +1,4 @@
-from typing import TypeAlias
+from typing import TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -9,7 +9,8 @@ from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 
 
-Adjacency: TypeAlias = Float[Array, "rows columns"] | sparse.BCOO
+# The one kind or the other.
+Adjacency = TypeVar("Adjacency", Float[Array, "rows columns"], sparse.BCOO)
 
 
 def check_adjacency(adjacency: Adjacency):

@@ -19,7 +19,7 @@ def check_shape(name: str, value: Array, shape: tuple[int | str, ...]):
         )
 
 
-def check_dtype(name: str, value: Array, dtype: Any):
+def check_dtype(name: str, value: Any, dtype: Any):
     """Refuse a dtype other than that of the parameters."""
     if value.dtype != dtype:
         raise ValueError(

@@ -13,7 +13,8 @@ from .sample import check_dtype, check_shape
 from .variational_dropout import VariationalDropout
 
 
-_Sequence = Float[Array, "length in_features"]
+_Sequence = Float[Array, "positions in_features"]
+_Sequences = _Sequence | tuple[_Sequence, Bool[Array, "queries keys"]]
 
 
 class TransformerCell(eqx.Module):
@@ -121,9 +122,7 @@ class TransformerCell(eqx.Module):
         self.causal = causal
         self.pre_norm = pre_norm
 
-    def init(
-        self, x: _Sequence | tuple[_Sequence, Bool[Array, "queries keys"]]
-    ) -> Float[Array, "length features"]:
+    def init(self, x: _Sequences) -> Float[Array, "length features"]:
         """The start of a solve: zero."""
         x, _ = self._sequence_and_mask(x)
         return jnp.zeros((x.shape[0], self.features), self.injection.weight.dtype)
@@ -131,7 +130,7 @@ class TransformerCell(eqx.Module):
     def __call__(
         self,
         z: Float[Array, "length features"],
-        x: _Sequence | tuple[_Sequence, Bool[Array, "queries keys"]],
+        x: _Sequences,
         *,
         key: PRNGKeyArray | None = None,
     ) -> Float[Array, "length features"]:
