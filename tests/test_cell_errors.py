@@ -1,5 +1,7 @@
 """Wrong cells and samples that do not fit say what was wrong."""
 
+from typing import Any
+
 import equilax as eqlx
 import equinox as eqx
 import jax.numpy as jnp
@@ -19,11 +21,18 @@ def _without_checked_types():
     jaxtyping.config.update("jaxtyping_disable", False)
 
 
+_NO_FUNCTION: Any = 2
 _WRONG = [
     (lambda k: nn.MLPCell(3, 4, 0, key=k), "`width` .* at least 1; got 0"),
     (lambda k: nn.MLPCell(3, 4, 5, 0, key=k), "`depth` .* at least 1; got 0"),
-    (lambda k: nn.MLPCell(3, 4, 5, activation=2, key=k), "`activation` .* callable"),
-    (lambda k: nn.GraphCell(3, 4, 2, key=k), "`activation` must be callable"),
+    (
+        lambda k: nn.MLPCell(3, 4, 5, activation=_NO_FUNCTION, key=k),
+        "`activation` .* callable",
+    ),
+    (
+        lambda k: nn.GraphCell(3, 4, _NO_FUNCTION, key=k),
+        "`activation` must be callable",
+    ),
     (lambda k: nn.MLPCell(3, 4, 5, dtype=int, key=k), "`dtype` .* got int"),
     (lambda k: nn.GRUCell(3, -1, key=k), "`features` .* at least 1; got -1"),
     (lambda k: nn.GraphCell(0, 1, key=k), "`in_features` .* at least 1; got 0"),
@@ -39,7 +48,8 @@ def test_a_wrong_constructor_says_what_was_wrong(getkey, make, message):
 @pytest.mark.parametrize("kind", [nn.MLPCell, nn.GRUCell])
 def test_a_sample_that_does_not_fit_says_so(getkey, kind):
     sizes = (3, 4, 5) if kind is nn.MLPCell else (3, 4)
-    cell = kind(*sizes, dtype=jnp.float32, key=getkey())
+    new: Any = kind
+    cell = new(*sizes, dtype=jnp.float32, key=getkey())
     z, x = jnp.zeros(4, jnp.float32), jnp.zeros(3, jnp.float32)
     for call in (cell.init, lambda x: cell(z, x)):
         with pytest.raises(ValueError, match=r"`x` .* \(3,\).*got \(5,\)"):
@@ -106,7 +116,7 @@ def test_wrong_image_cells(getkey):
         (lambda: scales(()), "`channels` .* got none"),
         (lambda: scales((4, 0)), "`channels` .* at least 1; got 0"),
         (lambda: scales((4, 6), 4), "`groups` must divide `channels`; got 4 .* of 6"),
-        (lambda: scales((4,), 2, 0), "`activation` must be callable"),
+        (lambda: scales((4,), 2, _NO_FUNCTION), "`activation` must be callable"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):
             make()

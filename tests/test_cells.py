@@ -118,10 +118,11 @@ def _reference(both, key):
         return out, jax.jacfwd(fn)(z, dynamic), pull(u)[0]
 
     identity = np.eye(z.size)
+    out, jacobian, _ = evaluate(z, dynamic, z)
     for i in range(40):
-        out, jacobian, _ = evaluate(z, dynamic, z)
         # Newton's steps alone may go round in circles about the kinks of a rectifier.
         z = out if i < 30 else z + np.linalg.solve(identity - jacobian, out - z)
+        out, jacobian, _ = evaluate(z, dynamic, z)
     assert np.max(np.abs(out - z)) < 1e-13
     u = np.linalg.solve((identity - jacobian).T, np.sin(np.arange(z.size)))
     return z, evaluate(z, dynamic, jnp.asarray(u))[2]
@@ -163,9 +164,10 @@ def _to_float64(tree):
     return jax.tree.map(convert, tree)
 
 
-@every_cell
-def test_in_half_precision_the_status_is_true(getkey, case):
-    both = _new(case, 1, jnp.bfloat16, jr.split(getkey(), 3))
+# The post-norm block has all that the pre-norm one has.
+@pytest.mark.parametrize("name", sorted(_CASES.keys() - {"pre_norm"}))
+def test_in_half_precision_the_status_is_true(getkey, name):
+    both = _new(_CASES[name], 1, jnp.bfloat16, jr.split(getkey(), 3))
     key, tolerance = getkey(), 0.05
 
     def residual(both, z):

@@ -1,4 +1,4 @@
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
 from jax import lax
@@ -78,7 +78,10 @@ def normalise_adjacency(
         # Entries that only fill up the arrays have an index beyond the last.
         roots = _inverse_root(sums.at[ends].add(weights, mode="drop"))
         scaled = scaled * roots.at[ends].get(mode="fill", fill_value=0)
-    return sparse.BCOO((scaled.astype(dtype), indices), shape=adjacency.shape)
+    normalised: Any = sparse.BCOO(
+        (scaled.astype(dtype), indices), shape=adjacency.shape
+    )
+    return normalised
 
 
 def _inverse_root(sums: Float[Array, " n"]) -> Float[Array, " n"]:
