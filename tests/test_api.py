@@ -1,6 +1,7 @@
 """The public names, each with a docstring in the template of the house."""
 
 import inspect
+from pathlib import Path
 
 import equilax as eqlx
 import equilax_kernels
@@ -69,9 +70,17 @@ _NN_NAMES = {
     "AbstractFusedMap",
     "AffineCell",
     "AffineMap",
+    "ConvCell",
     "FixedPointLayer",
     "FusedEnd",
+    "GraphCell",
+    "GRUCell",
+    "MLPCell",
+    "MultiscaleCell",
+    "normalise_adjacency",
     "ToleranceSchedule",
+    "TransformerCell",
+    "VariationalDropout",
     "WarmStart",
 }
 _SHARDING_NAMES = {"shard_vmap"}
@@ -106,8 +115,7 @@ def _public(module):
 
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
-    files = {"affine_cell", "affine_map", "fixed_point_layer"}
-    files |= {"tolerance_schedule", "warm_start"}
+    files = {path.stem for path in Path(eqlx.nn.__path__[0]).glob("*.py")}
     assert _public(eqlx.nn) - files == _NN_NAMES
     assert _public(eqlx.sharding) == _SHARDING_NAMES
     types = {"RowSolution", "Status"}
