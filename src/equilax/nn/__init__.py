@@ -5,3 +5,8 @@ from .._fused import (
 )
 from .affine_cell import AffineCell as AffineCell
 from .fixed_point_layer import FixedPointLayer as FixedPointLayer
+from .forward_backward import ForwardBackward as ForwardBackward
+from .monotone_conv import MonotoneConv as MonotoneConv
+from .monotone_layer import MonotoneLayer as MonotoneLayer
+from .monotone_linear import MonotoneLinear as MonotoneLinear
+from .peaceman_rachford import PeacemanRachford as PeacemanRachford
