@@ -61,8 +61,16 @@ _NN_NAMES = {
     "AbstractFusedCell",
     "AbstractFusedMap",
     "AffineCell",
+    "ContractiveLinear",
     "FixedPointLayer",
+    "ForwardBackward",
     "FusedEnd",
+    "LipschitzBoundedLayer",
+    "MonotoneConv",
+    "MonotoneLayer",
+    "MonotoneLinear",
+    "PeacemanRachford",
+    "PositiveConcaveCell",
 }
 _SHARDING_NAMES = {"shard_vmap"}
 _KERNEL_NAMES = {
@@ -96,7 +104,22 @@ def _public(module):
 
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
-    files = {"affine_cell", "affine_map", "fixed_point_layer"}
+    files = {
+        "affine_cell",
+        "affine_map",
+        "contractive_linear",
+        "fixed_point_layer",
+        "forward_backward",
+        "lipschitz_bounded_layer",
+        "monotone_conv",
+        "monotone_layer",
+        "monotone_linear",
+        "monotone_map",
+        "peaceman_rachford",
+        "positive_concave_cell",
+        "proximal",
+        "splitting",
+    }
     assert _public(eqlx.nn) - files == _NN_NAMES
     assert _public(eqlx.sharding) == _SHARDING_NAMES
     types = {"RowSolution", "Status"}

@@ -6,6 +6,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._check import check_integer, check_number, check_positive
+from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 from .monotone_linear import AbstractMonotoneLinear
 from .monotone_map import FourierMap
@@ -35,7 +36,7 @@ class MonotoneConv(AbstractMonotoneLinear):
         self,
         channels: int,
         kernel_size: int = 3,
-        margin: float = 1.0,
+        margin: RealScalarLike = 1.0,
         *,
         dtype: Any = None,
         key: PRNGKeyArray,

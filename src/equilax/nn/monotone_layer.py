@@ -56,8 +56,7 @@ class MonotoneSolve(eqx.Module):
             z0 = jnp.zeros_like(u)
         if jnp.shape(z0) != u.shape:
             raise ValueError(
-                f"`z0` must have the shape {u.shape} of the state; got "
-                f"{jnp.shape(z0)}."
+                f"`z0` must have the shape {u.shape} of the state; got {jnp.shape(z0)}."
             )
         split = self.splitting.split(map, self.activation)
         sol = fixed_point(

@@ -7,6 +7,7 @@ import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from .._check import check_integer, check_number, check_positive
+from .._custom_types import RealScalarLike
 from .monotone_map import AbstractMonotoneMap, DenseMap
 
 
@@ -44,7 +45,7 @@ class MonotoneLinear(AbstractMonotoneLinear):
     def __init__(
         self,
         features: int,
-        margin: float = 1.0,
+        margin: RealScalarLike = 1.0,
         *,
         dtype: Any = None,
         key: PRNGKeyArray,

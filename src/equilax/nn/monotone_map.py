@@ -133,7 +133,8 @@ class FourierMap(AbstractMonotoneMap):
 
     def compute(self, linear_solver, state, vector, *, is_transposed):
         # The transpose of a real map has the conjugate transpose at each frequency, and
-        # A^H x = v is A^T conj(x) = conj(v): Lineax's `LU.conj` (0.1.1) also transposes.
+        # A^H x = v is A^T conj(x) = conj(v). Not by `LU.conj`, which in Lineax 0.1.1
+        # transposes as well.
         def of_frequency(state, vector):
             options = {}
             if not is_transposed:

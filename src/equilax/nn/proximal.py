@@ -26,6 +26,7 @@ def check_activation(activation: Callable[[Array], Array]):
     with jax.ensure_compile_time_eval():
         points = jnp.asarray(_POINTS)
         out, slope = jax.jvp(activation, (points,), (jnp.ones_like(points),))
+        first = activation(points[:1])
     if out.shape != points.shape:
         raise ValueError(
             "`activation` must act elementwise; it maps the shape "
@@ -33,7 +34,12 @@ def check_activation(activation: Callable[[Array], Array]):
         )
     if isinstance(slope, jax.core.Tracer):
         return
-    slope = np.asarray(slope)
+    out, slope, first = map(np.asarray, (out, slope, first))
+    if not np.allclose(out[:1], first, rtol=1e-3):
+        raise ValueError(
+            "`activation` must act elementwise; the first of several elements has the "
+            f"value {out[0]:.3g}, and the same alone {first[0]:.3g}."
+        )
     slack = 1e-4
     is_good = (slope >= -slack) & (slope <= 1 + slack)
     if not is_good.all():
