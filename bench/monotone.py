@@ -2,8 +2,10 @@
 
     python -m bench.monotone
 
-Each with the length of step that its bound prefers, plain and accelerated by Anderson's
-method, forward and backward, from zero and to the same absolute tolerance.
+Two tables, all from zero and to the same absolute tolerance. In the first each has the
+length of step that its bound prefers, m / L^2 or 1 / L, and runs plain and accelerated
+by Anderson's method, forward and backward. In the second are the steps of the plain
+iteration for multiples of that length, at the smallest margin.
 """
 
 import argparse
@@ -91,6 +93,32 @@ def _row(options, xs, margin, name, splitting, solver_name, solver, activation) 
     )
 
 
+def _scan(options, xs, margin):
+    """The steps for several lengths of step, as a table."""
+    solver = eqlx.FixedPointIteration(0.0, options.tolerance)
+    factors = 2.0 ** np.arange(-3, 7)
+    print("| margin | splitting | " + " | ".join(f"x {f:g}" for f in factors) + " |")
+    print("|---" * (2 + len(factors)) + "|")
+    for kind in (eqlx.nn.ForwardBackward, eqlx.nn.PeacemanRachford):
+        layer = _layer(options, margin, kind(), solver, jax.nn.relu)
+        norm = layer.linear.prepare((options.size,)).norm()
+        is_forward = kind is eqlx.nn.ForwardBackward
+        best = margin / norm**2 if is_forward else 1 / norm
+
+        @eqx.filter_jit
+        def solve(alpha, layer=layer, kind=kind):
+            this = eqx.tree_at(lambda la: la.how.splitting, layer, kind(alpha))
+            return jax.vmap(this.solve)(xs)
+
+        cells = []
+        for factor in factors:
+            sol = solve(factor * best)
+            is_good = bool(np.all(sol.result == eqlx.RESULTS.successful))
+            mean = float(jnp.mean(sol.stats["num_steps"]))
+            cells.append(f"{mean:.0f}" if is_good else "fails")
+        print(f"| {margin} | {kind.__name__} | " + " | ".join(cells) + " |", flush=True)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--size", type=int, default=64, help="unknowns of a sample")
@@ -115,6 +143,8 @@ def main():
                     case = (name, splitting, solver_name, solver)
                     fn = _activations[activation]
                     print(_row(options, xs, margin, *case, fn), flush=True)
+    print()
+    _scan(options, xs, min(options.margins))
 
 
 if __name__ == "__main__":

@@ -105,6 +105,7 @@ def _public(module):
 def test_the_public_names_are_exactly_these():
     assert _public(eqlx) == _NAMES
     files = {
+        "activation",
         "affine_cell",
         "affine_map",
         "contractive_linear",

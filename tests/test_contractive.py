@@ -1,6 +1,7 @@
 """Linear maps whose norm is bounded, and positive concave cells."""
 
 import functools as ft
+from typing import Any
 
 import equilax as eqlx
 import equinox as eqx
@@ -23,7 +24,7 @@ def _nearest(row, bound):
     """The projection, its threshold by bisection."""
     if np.abs(row).sum() <= bound:
         return row
-    low, high = 0.0, np.abs(row).max()
+    theta, low, high = 0.0, 0.0, np.abs(row).max()
     for _ in range(200):
         theta = (low + high) / 2
         is_low = np.maximum(np.abs(row) - theta, 0).sum() > bound
@@ -188,7 +189,7 @@ def test_gradients_of_a_positive_concave_cell(getkey, dtype):
 def test_a_positive_concave_cell_tells_the_kernels_its_map(getkey):
     cell = eqlx.nn.PositiveConcaveCell(3, 5, key=getkey())
     x, z = jr.normal(getkey(), (3,)), jnp.ones(5)
-    affine = cell.fused(x)
+    affine: Any = cell.fused(x)
     expected = jnp.tanh(affine.weight @ z + affine.u)
     assert np.allclose(cell(z, x), expected, atol=1e-15)
     assert affine.activation is jnp.tanh
@@ -210,6 +211,7 @@ _linear, _cell = eqlx.nn.ContractiveLinear, eqlx.nn.PositiveConcaveCell
         (lambda key: _linear(4, key=key)(jnp.ones(3)), r"`z`.*\(4,\).*\(3,\)"),
         (lambda key: _cell(2, 3, floor=0.0, key=key), "`floor`.*positive"),
         (lambda key: _cell(2, 3, jax.nn.relu, key=key), "`activation`.*linearly"),
+        (lambda key: _cell(2, 3, jax.nn.softmax, key=key), "`activation`.*elementwise"),
         (lambda key: _cell(2, 3, jax.nn.softplus, key=key), "`activation`.*concave"),
         (lambda key: _cell(2, 3, jnp.sin, key=key), "`activation`.*concave"),
         (lambda key: _cell(2, 0, key=key), "`features`"),

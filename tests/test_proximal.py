@@ -10,6 +10,7 @@ from equilax.nn.proximal import proximal
 def _bisect(activation, v, alpha):
     """The `z` for which `v` is in `z + alpha (s - z)` with `z = activation(s)`."""
     low, high = np.full_like(v, -1e6), np.full_like(v, 1e6)
+    s = np.zeros_like(v)
     for _ in range(120):
         s = (low + high) / 2
         is_low = alpha * s + (1 - alpha) * activation(s) < v

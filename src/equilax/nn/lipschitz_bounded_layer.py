@@ -144,7 +144,8 @@ class LipschitzBoundedLayer(eqx.Module):
         skew = scaled((s - s.T) / root[:, None])
         inner = (1 - self.margin) * jnp.eye(self.features, dtype=dtype)
         inner = inner - (share + v.T @ v + skew)
-        return DenseMap(inner * root[None, :] / root[:, None], self.margin, root)
+        weight = inner * root[None, :] / root[:, None]
+        return DenseMap(weight=weight, margin=self.margin, metric=root)
 
     def matrix(self) -> Float[Array, "features features"]:
         """The matrix `W`."""

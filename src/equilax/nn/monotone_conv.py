@@ -77,7 +77,8 @@ class MonotoneConv(AbstractMonotoneLinear):
         adjoint = lambda x: jnp.swapaxes(x, -1, -2).conj()
         eye = jnp.eye(self.channels, dtype=a.dtype)[None, None]
         spectrum = (1 - self.margin) * eye - adjoint(a) @ a + b - adjoint(b)
-        return FourierMap(spectrum, self.margin, shape[1:])
+        _, height, width = shape
+        return FourierMap(spectrum=spectrum, margin=self.margin, shape=(height, width))
 
     def _spectrum(self, kernel, shape):
         kernel = kernel.astype(at_least_single(kernel.dtype))

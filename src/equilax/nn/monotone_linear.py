@@ -82,7 +82,7 @@ class MonotoneLinear(AbstractMonotoneLinear):
                 f"`linear` maps states of the shape ({self.features},); got a state of "
                 f"the shape {shape}. Use `jax.vmap` for a batch."
             )
-        return DenseMap(self.matrix(), self.margin)
+        return DenseMap(weight=self.matrix(), margin=self.margin)
 
     def __call__(self, z: Float[Array, " features"]) -> Float[Array, " features"]:
         """**Arguments:**
