@@ -1,17 +1,17 @@
 """A monotone operator `I - W` as a solve needs it: formed once, ahead of the steps."""
 
 import abc
-from typing import Any
 
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import lineax as lx
 from jax import lax
-from jaxtyping import Array, Complex, Float, PyTree, Scalar
+from jaxtyping import Array, Complex, Float, Inexact, Scalar
 
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
+from .._mesh import all_vary, any_varying
 
 
 class AbstractMonotoneMap(eqx.Module):
@@ -33,21 +33,35 @@ class AbstractMonotoneMap(eqx.Module):
         """The two-norm of $I - W$, in the metric in which it is monotone."""
 
     @abc.abstractmethod
-    def factorise(
+    def inverse(
         self, alpha: RealScalarLike, linear_solver: lx.AbstractLinearSolver
-    ) -> PyTree[Any]:
-        r"""The state of `linear_solver` for $I + \alpha (I - W)$."""
+    ) -> "AbstractMonotoneMap":
+        r"""$(I + \alpha (I - W))^{-1}$, as a map like this one."""
 
     @abc.abstractmethod
-    def compute(
-        self,
-        linear_solver: lx.AbstractLinearSolver,
-        state: PyTree[Any],
-        vector: Float[Array, "..."],
-        *,
-        is_transposed: bool,
-    ) -> Float[Array, "..."]:
-        """Solve for `vector` by what `factorise` has returned."""
+    def transpose(self) -> "AbstractMonotoneMap":
+        """The transpose of `W`."""
+
+
+def _invert(
+    matrix: Inexact[Array, "n n"],
+    alpha: RealScalarLike,
+    linear_solver: lx.AbstractLinearSolver,
+) -> Inexact[Array, "n n"]:
+    r"""$(I + \alpha (I - W))^{-1}$ by one factorisation.
+
+    Its condition is at most $(1 + \alpha L) / (1 + \alpha m)$: an inverse is as good
+    as the factors, and a product with it quicker than two triangular solves.
+    """
+    eye = jnp.eye(len(matrix), dtype=matrix.dtype)
+    alpha = jnp.asarray(alpha, eye.real.dtype).astype(eye.dtype)
+    # Lineax 0.1.1 compares the structure of a right-hand side with that of the operator,
+    # its sharding included, which a `MatrixLinearOperator` has not inside `shard_map`.
+    # Its `linear_solve` has no version in there at all.
+    like = jax.eval_shape(lambda: eye[0])
+    operator = lx.PyTreeLinearOperator(eye + alpha * (eye - matrix), like)
+    state = linear_solver.init(operator, {})
+    return jax.vmap(lambda e: linear_solver.compute(state, e, {})[0])(eye).T
 
 
 class DenseMap(AbstractMonotoneMap):
@@ -67,27 +81,22 @@ class DenseMap(AbstractMonotoneMap):
         return self.weight.astype(z.dtype) @ z
 
     def _wide(self):
-        weight = self.weight.astype(at_least_single(self.weight.dtype))
-        return jnp.eye(len(weight), dtype=weight.dtype), weight
+        return self.weight.astype(at_least_single(self.weight.dtype))
 
     def norm(self):
-        eye, weight = self._wide()
-        matrix = eye - weight
+        weight = self._wide()
+        matrix = jnp.eye(len(weight), dtype=weight.dtype) - weight
         if self.metric is not None:
             metric = self.metric.astype(matrix.dtype)
             matrix = metric[:, None] * matrix / metric[None, :]
         return jnp.linalg.norm(matrix, ord=2)
 
-    def factorise(self, alpha, linear_solver):
-        eye, weight = self._wide()
-        matrix = eye + jnp.asarray(alpha, eye.dtype) * (eye - weight)
-        return linear_solver.init(lx.MatrixLinearOperator(matrix), {})
+    def inverse(self, alpha, linear_solver):
+        weight = _invert(self._wide(), alpha, linear_solver)
+        return eqx.tree_at(lambda m: m.weight, self, weight)
 
-    def compute(self, linear_solver, state, vector, *, is_transposed):
-        options = {}
-        if is_transposed:
-            state, options = linear_solver.transpose(state, options)
-        return linear_solver.compute(state, vector, options)[0]
+    def transpose(self):
+        return eqx.tree_at(lambda m: m.weight, self, self.weight.T)
 
 
 class FourierMap(AbstractMonotoneMap):
@@ -103,59 +112,36 @@ class FourierMap(AbstractMonotoneMap):
     margin: float = eqx.field(static=True)
     shape: tuple[int, int] = eqx.field(static=True)
 
-    def _eye(self):
-        return jnp.eye(self.spectrum.shape[-1], dtype=self.spectrum.dtype)
-
-    def _forward(self, z):
-        return jnp.moveaxis(jnp.fft.rfft2(z.astype(at_least_single(z.dtype))), 0, -1)
-
-    def _backward(self, spectrum, dtype):
-        signal = jnp.fft.irfft2(jnp.moveaxis(spectrum, -1, 0), self.shape)
-        return signal.astype(dtype)
-
     def mv(self, z):
-        product = jnp.einsum("hwij,hwj->hwi", self.spectrum, self._forward(z))
-        return self._backward(product, z.dtype)
+        wide = z.astype(at_least_single(z.dtype))
+        product = jnp.einsum("hwij,jhw->ihw", self.spectrum, jnp.fft.rfft2(wide))
+        return jnp.fft.irfft2(product, self.shape).astype(z.dtype)
 
     def norm(self):
-        matrices = self._eye()[None, None] - self.spectrum
+        eye = jnp.eye(self.spectrum.shape[-1], dtype=self.spectrum.dtype)
+        matrices = eye[None, None] - self.spectrum
         return jnp.max(jnp.linalg.svd(matrices, compute_uv=False))
 
-    def factorise(self, alpha, linear_solver):
-        eye = self._eye()
-        alpha = jnp.asarray(alpha, eye.real.dtype).astype(eye.dtype)
+    def inverse(self, alpha, linear_solver):
+        invert = lambda matrix: _invert(matrix, alpha, linear_solver)
+        spectrum = jax.vmap(jax.vmap(invert))(self.spectrum)
+        return eqx.tree_at(lambda m: m.spectrum, self, spectrum)
 
-        def of_frequency(matrix):
-            matrix = eye + alpha * (eye - matrix)
-            return linear_solver.init(lx.MatrixLinearOperator(matrix), {})
-
-        return jax.vmap(jax.vmap(of_frequency))(self.spectrum)
-
-    def compute(self, linear_solver, state, vector, *, is_transposed):
-        # The transpose of a real map has the conjugate transpose at each frequency, and
-        # A^H x = v is A^T conj(x) = conj(v). Not by `LU.conj`, which in Lineax 0.1.1
-        # transposes as well.
-        def of_frequency(state, vector):
-            options = {}
-            if not is_transposed:
-                return linear_solver.compute(state, vector, options)[0]
-            state, options = linear_solver.transpose(state, options)
-            return linear_solver.compute(state, vector.conj(), options)[0].conj()
-
-        solution = jax.vmap(jax.vmap(of_frequency))(state, self._forward(vector))
-        return self._backward(solution, vector.dtype)
+    def transpose(self):
+        # Of a real map: the conjugate transpose at each frequency.
+        spectrum = jnp.swapaxes(self.spectrum, -1, -2).conj()
+        return eqx.tree_at(lambda m: m.spectrum, self, spectrum)
 
 
 class Resolvent(eqx.Module):
-    r"""$(I + \alpha (I - W))^{-1}$, by a factorisation that is there already.
+    r"""$(I + \alpha (I - W))^{-1}$, with the work of it done once.
 
-    Its derivative in `W` is that of the inverse, with the same factorisation.
+    Its derivative in `W` is that of a linear solve, by the same inverse.
     """
 
     map: AbstractMonotoneMap
     alpha: RealScalarLike
-    linear_solver: lx.AbstractLinearSolver
-    state: PyTree[Any]
+    inverse: AbstractMonotoneMap
 
     def __init__(
         self,
@@ -165,31 +151,21 @@ class Resolvent(eqx.Module):
     ):
         self.map = map
         self.alpha = alpha
-        self.linear_solver = linear_solver
-        self.state = map.factorise(alpha, linear_solver)
-        arrays, rest = eqx.partition(self.state, eqx.is_array)
-        self.state = eqx.combine(lax.stop_gradient(arrays), rest)
+        self.inverse = lax.stop_gradient(map).inverse(alpha, linear_solver)
 
     def __call__(self, v: Float[Array, "..."]) -> Float[Array, "..."]:
-        # Factorisations have no half precision.
-        wide = v.astype(at_least_single(v.dtype))
-        alpha = jnp.asarray(self.alpha, wide.dtype)
+        # JAX (to 0.12) lets all constants of a `custom_linear_solve` vary as its
+        # right-hand side does, after their types have gone into the trace.
+        this, v = all_vary((self, v), any_varying(self, v))
+        alpha = jnp.asarray(this.alpha, v.dtype)
 
         def mv(z):
-            return z + alpha * (z - self.map.mv(z))
+            return z + alpha * (z - this.map.mv(z))
 
         def solve(_, vector):
-            return self._compute(vector, is_transposed=False)
+            return this.inverse.mv(vector)
 
         def transpose_solve(_, vector):
-            return self._compute(vector, is_transposed=True)
+            return this.inverse.transpose().mv(vector)
 
-        solution = lax.custom_linear_solve(
-            mv, wide, solve, transpose_solve=transpose_solve
-        )
-        return solution.astype(v.dtype)
-
-    def _compute(self, vector, *, is_transposed):
-        return self.map.compute(
-            self.linear_solver, self.state, vector, is_transposed=is_transposed
-        )
+        return lax.custom_linear_solve(mv, v, solve, transpose_solve=transpose_solve)
