@@ -3,6 +3,7 @@
 import inspect
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -107,3 +108,22 @@ def check_fraction(name: str, value: RealScalarLike):
     """Refuse a damping outside [0, 1), where it can be read."""
     if _is_readable(value) and not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
+
+
+def check_positive(name: str, value: RealScalarLike):
+    """Refuse what is no positive and finite number, where it can be read."""
+    if isinstance(value, (bool, str)) or not eqx.is_array_like(value):
+        raise TypeError(f"`{name}` must be a positive number; got {value!r}.")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"`{name}` must be one number; got one of shape {np.shape(value)}."
+        )
+    if _is_readable(value) and not 0 < value < np.inf:
+        raise ValueError(f"`{name}` must be positive and finite; got {value}.")
+
+
+def check_number(name: str, value: Any):
+    """Refuse what is no number of Python's, for a field that is static."""
+    is_number = isinstance(value, (int, float, np.number))
+    if isinstance(value, bool) or not is_number:
+        raise TypeError(f"`{name}` must be a Python number; got {value!r}.")
