@@ -1,0 +1,87 @@
+"""What a reproduction has to say, as a table for readers and as JSON for machines."""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..timing import describe
+
+
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A published figure beside ours.
+
+    **Attributes:**
+
+    - `is_met`: Whether ours is within what was published. `None` where that is no
+        question of yes or no.
+    - `note`: How the two differ, and why.
+    """
+
+    what: str
+    published: str
+    ours: str
+    is_met: bool | None
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A reproduction.
+
+    **Attributes:**
+
+    - `inputs`: All that was put in, seeds included.
+    - `tables`: By title, rows of cells, the first of them the head.
+    """
+
+    source: str
+    inputs: str
+    claims: list[Claim]
+    tables: dict[str, list[list[str]]] = dataclasses.field(default_factory=dict)
+
+
+Run = Callable[[Path | None], Report]
+_IS_MET = {True: "yes", False: "no", None: "-"}
+
+
+def markdown(rows: list[list[str]]) -> str:
+    """Rows, the first of them the head, as a table."""
+    lines = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
+
+
+def describe_report(report: Report) -> str:
+    """All of a report, in Markdown."""
+    head = ["what", "published", "ours", "met", "where they differ"]
+    rows = [
+        [c.what, c.published, c.ours, _IS_MET[c.is_met], c.note] for c in report.claims
+    ]
+    parts = [f"{report.source}\n\n{report.inputs}\n", markdown([head, *rows])]
+    parts += [f"\n{title}\n\n{markdown(t)}" for title, t in report.tables.items()]
+    return "\n".join(parts)
+
+
+def main(runs: dict[str, Run], description: str | None) -> None:
+    """The command line of one reproduction, or of several."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--plots", type=Path, help="the folder for figures")
+    parser.add_argument("--json", type=Path, help="where to write all of it as JSON")
+    options = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    if options.plots is not None:
+        options.plots.mkdir(parents=True, exist_ok=True)
+    print(describe())
+    found: dict[str, Any] = {}
+    for name, run in runs.items():
+        report = run(options.plots)
+        found[name] = dataclasses.asdict(report)
+        print(f"\n## {name}\n\n{describe_report(report)}", flush=True)
+    if options.json is not None:
+        whole = {"machine": describe(), "reports": found}
+        options.json.write_text(json.dumps(whole, indent=1))
