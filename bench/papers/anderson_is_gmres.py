@@ -2,9 +2,10 @@
 
     python -m bench.papers.anderson_is_gmres [--plots FOLDER] [--json FILE]
 
-Walker and Ni 2011, SIAM J. Numer. Anal. 49, theorem 2.2: for `f(y) = A y + b`, with all
-of the history kept and as long as GMRES does not stand still, the iterate `k + 1` of
-Anderson is `f` of the iterate `k` of GMRES on `(I - A) y = b`, both from the same start.
+Walker and Ni 2011, SIAM J. Numer. Anal. 49, theorem 2.2: for `f(y) = A y + b`, with
+all of the history kept and as long as GMRES does not stand still, the iterate `k + 1`
+of Anderson is `f` of the iterate `k` of GMRES on `(I - A) y = b`, both from the same
+start.
 """
 
 from pathlib import Path

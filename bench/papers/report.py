@@ -56,13 +56,18 @@ def markdown(rows: list[list[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(rows[0]) + "|", *lines[1:]])
 
 
+_HEAD = ["what", "published", "ours", "met", "where they differ"]
+
+
+def _cells(claim: Claim) -> list[str]:
+    met = _IS_MET[claim.is_met]
+    return [claim.what, claim.published, claim.ours, met, claim.note]
+
+
 def describe_report(report: Report) -> str:
     """All of a report, in Markdown."""
-    head = ["what", "published", "ours", "met", "where they differ"]
-    rows = [
-        [c.what, c.published, c.ours, _IS_MET[c.is_met], c.note] for c in report.claims
-    ]
-    parts = [f"{report.source}\n\n{report.inputs}\n", markdown([head, *rows])]
+    rows = [_HEAD, *(_cells(claim) for claim in report.claims)]
+    parts = [f"{report.source}\n\n{report.inputs}\n", markdown(rows)]
     parts += [f"\n{title}\n\n{markdown(t)}" for title, t in report.tables.items()]
     return "\n".join(parts)
 
@@ -78,10 +83,14 @@ def main(runs: dict[str, Run], description: str | None) -> None:
         options.plots.mkdir(parents=True, exist_ok=True)
     print(describe())
     found: dict[str, Any] = {}
+    together = [["reproduction", *_HEAD]]
     for name, run in runs.items():
         report = run(options.plots)
         found[name] = dataclasses.asdict(report)
+        together += [[name, *_cells(claim)] for claim in report.claims]
         print(f"\n## {name}\n\n{describe_report(report)}", flush=True)
+    if len(runs) > 1:
+        print(f"\n## All of them\n\n{markdown(together)}")
     if options.json is not None:
         whole = {"machine": describe(), "reports": found}
         options.json.write_text(json.dumps(whole, indent=1))

@@ -82,13 +82,13 @@ def elastic_net(seed: int, num_rows: int = 500, num_columns: int = 1000):
 
 
 def _type_i(damp: float, safeguard: float):
-    knobs: Any = {"damp": damp, "safeguard": safeguard}
     return lambda unit: eqlx.AndersonTypeI(
         unit * 0,
         unit,
         norm=eqlx.two_norm,
         # As arrays: one compiled program for all knobs.
-        **{name: jnp.asarray(x, jnp.float64) for name, x in knobs.items()},
+        damp=jnp.asarray(damp, unit.dtype),
+        safeguard=jnp.asarray(safeguard, unit.dtype),
     )
 
 
@@ -222,7 +222,9 @@ def run(plots: Path | None) -> Report:
         "alone: `damp=0.1, safeguard=inf`"
     )
     source = "Zhang, O'Donoghue and Boyd 2020"
-    return Report(source, inputs, _claims(found, theirs["value iteration"]), {title: rows})
+    return Report(
+        source, inputs, _claims(found, theirs["value iteration"]), {title: rows}
+    )
 
 
 def _plot(path: Path, found: dict) -> None:

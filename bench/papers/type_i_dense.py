@@ -1,8 +1,8 @@
 """The published algorithm of safeguarded type-I Anderson acceleration, in NumPy.
 
-Zhang, O'Donoghue and Boyd 2020, algorithm AA-I-S-m, with the inverse estimate as a dense
-matrix: to tell a slow instance from a fault of ours. It differs from
-`equilax.AndersonTypeI` in what it does after a plain step, whose secant it keeps.
+Zhang, O'Donoghue and Boyd 2020, algorithm AA-I-S-m, with the inverse estimate as a
+dense matrix: to tell a slow instance from a fault of ours. After a step that was not
+accelerated it keeps the secant of the trial, where `equilax.AndersonTypeI` keeps none.
 """
 
 from collections.abc import Callable
