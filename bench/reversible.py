@@ -15,13 +15,13 @@ from jax import lax
 from .timing import describe
 
 
-_SIZE = 64
+SIZE = 64
 _NUM_STEPS = (4, 8, 12, 24, 48)
 _BETAS = (0.5, 0.8, 0.9)
 _GAINS = (0.5, 0.9)
 
 
-def _cell(y, args):
+def cell(y, args):
     w, x = args
     return jnp.tanh(w @ y + x)
 
@@ -29,26 +29,26 @@ def _cell(y, args):
 def _unrolled(w, x, beta, num):
     def step(pair, _):
         old, y = pair
-        return (y, (1 - beta) * old + beta * _cell(y, (w, x))), None
+        return (y, (1 - beta) * old + beta * cell(y, (w, x))), None
 
     start = jnp.zeros_like(x)
     return lax.scan(step, (start, start), None, length=num)[0][1]
 
 
-def _row(gain, beta, dtype, num):
+def gradient_error(gain, beta, dtype, num):
     """The error in `w`, the estimate of it, and the steps that were undone."""
     keys = jr.split(jr.key(0), 3)
-    w = jr.normal(keys[0], (_SIZE, _SIZE), jnp.float64)
+    w = jr.normal(keys[0], (SIZE, SIZE), jnp.float64)
     w = (gain * w / jnp.linalg.norm(w, 2)).astype(dtype)
-    x = jr.normal(keys[1], (_SIZE,), jnp.float64).astype(dtype)
-    c = jr.normal(keys[2], (_SIZE,), jnp.float64)
+    x = jr.normal(keys[1], (SIZE,), jnp.float64).astype(dtype)
+    c = jr.normal(keys[2], (SIZE,), jnp.float64)
     adjoint = eqlx.ReversibleAdjoint(max_error=jnp.inf)
 
     def loss(w, monitor):
         sol = eqlx.fixed_point(
-            _cell,
+            cell,
             eqlx.Reversible(0.0, 0.0, beta=beta),
-            jnp.zeros(_SIZE, dtype),
+            jnp.zeros(SIZE, dtype),
             (w, x),
             max_steps=num,
             adjoint=adjoint,
@@ -75,7 +75,7 @@ def main():
     gains, betas = jnp.array(cases).T
     for dtype in (jnp.bfloat16, jnp.float32, jnp.float64):
         for num in _NUM_STEPS:
-            row = lambda gain, beta: _row(gain, beta, dtype, num)  # noqa: B023
+            row = lambda gain, beta: gradient_error(gain, beta, dtype, num)  # noqa: B023
             rows = jax.jit(jax.vmap(row))(gains, betas)
             for (gain, beta), error, estimate, undone in zip(cases, *rows, strict=True):
                 print(
