@@ -55,8 +55,8 @@ def _invert(
     """
     eye = jnp.eye(len(matrix), dtype=matrix.dtype)
     alpha = jnp.asarray(alpha, eye.real.dtype).astype(eye.dtype)
-    # Lineax 0.1.1 compares the structure of a right-hand side with that of the operator,
-    # its sharding included, which a `MatrixLinearOperator` has not inside `shard_map`.
+    # Lineax 0.1.1 compares the structure of a right-hand side with the operator's, its
+    # sharding included, which a `MatrixLinearOperator` has not inside `shard_map`.
     # Its `linear_solve` has no version in there at all.
     like = jax.eval_shape(lambda: eye[0])
     operator = lx.PyTreeLinearOperator(eye + alpha * (eye - matrix), like)

@@ -43,8 +43,8 @@ class PeacemanRachford(AbstractSplitting):
     with the margin $m$ and $L = \|I - W\|_2$ contracts by
     $\sqrt{1 - 4 \alpha m / (1 + \alpha L)^2}$ or better.
 
-    $V$ is formed by one factorisation, ahead of the first step. The backward pass is the
-    same splitting of the transposed system, by the same $V$: the Jacobian of a step,
+    $V$ is formed by one factorisation, ahead of the first step. The backward pass is
+    the same splitting of the transposed system, by the same $V$: the Jacobian of a step,
     transposed, is $(2 D - I) (2 V^T - I)$ with $D$ that of the proximal operator.
 
     Cost: a product with $V$ a step; the factorisation, $2 n^3$ multiplications for $V$
