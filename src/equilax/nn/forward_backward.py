@@ -40,8 +40,8 @@ class ForwardBackward(AbstractSplitting):
     Use it where a factorisation is too large or too dear. In general
     [`equilax.nn.PeacemanRachford`][] takes a fraction of its steps.
 
-    Cost: a product with $W$ a step, and with `alpha=None` a singular value
-    decomposition a solve.
+    Cost: a product with $W$ a step, and with `alpha=None` five products of matrices
+    once a solve of a whole batch.
     """
 
     alpha: RealScalarLike | None = None
@@ -59,6 +59,7 @@ class ForwardBackward(AbstractSplitting):
 
 ForwardBackward.__init__.__doc__ = r"""**Arguments:**
 
-- `alpha`: The length of a step. `None` is $m / L^2$, of which the bound on the
-    contraction is least: $\sqrt{1 - m^2 / L^2}$.
+- `alpha`: The length of a step. `None` is $m / L^2$, with a bound for $L$ that is at
+    most a factor of `features**(1/64)` too large: for that length the bound
+    on the contraction is least: $\sqrt{1 - m^2 / L^2}$.
 """
