@@ -2,8 +2,10 @@
 
 import equilax as eqlx
 import equinox as eqx
+import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
+import pytest
 
 
 nn = eqlx.nn
@@ -79,3 +81,19 @@ def test_one_resolution_needs_no_fusion(getkey):
     injected = _group_norm(_conv(cell.injections[0], np.asarray(x)), 1)
     expected = _group_norm(_block(cell.blocks[0], np.asarray(z), injected, 1), 1)
     assert np.max(np.abs(cell((z,), x)[0] - expected)) < 1e-12
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.01, 100.0])
+def test_dark_and_bright_images_converge_as_well(getkey, scale):
+    # In a biased injection the bias of a dark image is the larger part, and the same
+    # everywhere: the spectral radius is then close to one.
+    def solve(key):
+        cell_key, x_key = jr.split(key)
+        cell = nn.ConvCell(2, 4, 2, dtype=jnp.float32, key=cell_key)
+        x = scale * jr.normal(x_key, (2, 6, 6), jnp.float32)
+        layer = nn.FixedPointLayer(cell, eqlx.Anderson(1e-5, 1e-5))
+        return layer.solve(x)
+
+    sol = eqx.filter_jit(eqx.filter_vmap(solve))(jr.split(getkey(), 6))
+    assert jnp.all(sol.result == eqlx.RESULTS.successful)
+    assert jnp.max(sol.stats["num_steps"]) < 30

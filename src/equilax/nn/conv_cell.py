@@ -17,7 +17,7 @@ class ConvCell(eqx.Module):
     r"""A residual convolutional cell with group normalisation, for one resolution.
 
     $(z, x) \mapsto N_3(\phi(z + N_2(\hat x + C_2\, \phi(N_1(C_1 z))))), \quad
-    \hat x = N_0(C_0 x + b)$
+    \hat x = N_0(C_0 x)$
 
     with 3 by 3 convolutions $C$ and group normalisations $N$, which is the block of
     Bai, Koltun and Kolter (2020, section 3.2). A normalisation by group keeps a fixed
@@ -26,8 +26,10 @@ class ConvCell(eqx.Module):
     $C_2$ is new with a spectral norm of about 0.3, beside an injection of deviation
     one. The Jacobian at a new cell's fixed point is then mostly that of
     $N_3(\phi(z + \hat x))$, and $N_3$ divides by more than one, for $z$ and $\hat x$
-    agree there. A group needs some elements for that, a few dozen: where all but a few
-    are cut off by $\phi$, the normalisation divides by next to nothing.
+    agree there. That is so whatever the scale of $x$, down to about 0.01, below which
+    $N_0$ no longer brings it to deviation one and a solve takes more steps. A group
+    needs some elements, a few dozen: where all but a few are cut off by $\phi$, the
+    normalisation divides by next to nothing.
 
     Cost of a call: `9 * channels * (in_channels + 2 * channels) * height * width`
     multiplications. Memory: its linearisation keeps about twelve times `z`.

@@ -39,16 +39,15 @@ class Fusion(eqx.Module):
         - `dtype`: The dtype of the parameters.
         - `key`: A PRNG key.
         """
-        kwargs = {"use_bias": False, "dtype": dtype}
         if num_doublings > 0:
             # A pixel that is repeated n times has the root of n times its norm.
             norm = norm / 2**num_doublings
-            convs = [conv(in_channels, channels, 1, key=key, **kwargs)]
+            convs = [conv(in_channels, channels, 1, dtype=dtype, key=key)]
         else:
             keys = jr.split(key, -num_doublings)
             outs = [in_channels] * (len(keys) - 1) + [channels]
             convs = [
-                conv(in_channels, out, 3, stride=2, key=k, **kwargs)
+                conv(in_channels, out, 3, stride=2, dtype=dtype, key=k)
                 for out, k in zip(outs, keys, strict=True)
             ]
         self.convs = (*convs[:-1], with_norm(convs[-1], norm))

@@ -27,6 +27,9 @@ class GraphCell(eqx.Module):
     adjacency from [`equilax.nn.normalise_adjacency`][] has a norm of at most one, and
     $W$ is new with a norm of about 0.8; training may raise it.
 
+    A batch over one graph is `jax.vmap(layer, in_axes=((0, None),))`; several sparse
+    ones are a `BCOO` with `n_batch=1`. `equinox.filter_vmap` does not take a `BCOO`.
+
     Cost of a call, for `n` nodes and `m` edges: `n * features * (features +
     in_features) + m * features` multiplications, with `m` the square of `n` if the
     adjacency is dense. Memory: its linearisation keeps one number for each of the

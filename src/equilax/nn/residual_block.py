@@ -9,8 +9,13 @@ from .initial import with_norm
 
 
 def conv(in_channels: int, channels: int, size: int, **kwargs) -> eqx.nn.Conv2d:
-    """A convolution that keeps height and width, or with `stride=2` halves them."""
-    return eqx.nn.Conv2d(in_channels, channels, size, padding=size // 2, **kwargs)
+    """A convolution that keeps height and width, or with `stride=2` halves them.
+
+    It has no bias: the normalisation after it has one, and of a dark image it would
+    leave little else.
+    """
+    kwargs = {"padding": size // 2, "use_bias": False} | kwargs
+    return eqx.nn.Conv2d(in_channels, channels, size, **kwargs)
 
 
 def group_norm(groups: int, channels: int, dtype: Any) -> eqx.nn.GroupNorm:
@@ -51,10 +56,11 @@ class ResidualBlock(eqx.Module):
         key: PRNGKeyArray,
     ):
         first, second = jr.split(key)
-        kwargs = {"use_bias": False, "dtype": dtype}
-        self.first = conv(channels, channels, 3, key=first, **kwargs)
+        self.first = conv(channels, channels, 3, dtype=dtype, key=first)
         # Beside an injection of unit variance it hardly counts at first.
-        self.second = with_norm(conv(channels, channels, 3, key=second, **kwargs), 0.3)
+        self.second = with_norm(
+            conv(channels, channels, 3, dtype=dtype, key=second), 0.3
+        )
         norms = [group_norm(groups, channels, dtype) for _ in range(3)]
         self.norms = (norms[0], norms[1], norms[2])
         self.activation = activation
