@@ -1,6 +1,5 @@
 import os
 import zlib
-from importlib import metadata
 
 
 # On whatever machine: eight devices are asked for below.
@@ -9,10 +8,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault(
     "XLA_FLAGS",
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true "
-    "--xla_cpu_parallel_codegen_split_count=1 "
-    # Later ones have no others.
-    + "--xla_cpu_use_fusion_emitters=false"
-    * metadata.version("jaxlib").startswith("0.10."),
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 import equinox.internal as eqxi

@@ -367,7 +367,7 @@ KERNELS = (
         _AT + "solvers.py",
         "if backend.unsupported(weight, u, scale, settings) is None",
         "if backend",
-        (_IN_JAX, "-k", "no_kernel_takes or largest"),
+        (_LAYER, "-k", "has_no_kernel"),
     ),
     Mutation(
         "Triton is exported",
@@ -386,8 +386,8 @@ KERNELS = (
     Mutation(
         "rows are gathered",
         _KERNELS + "_by_rows.py",
-        'names = [f"a{len(others) + j}" for j in range(rank - is_row)]',
-        'names = [f"a{len(others) + j}" for j in range(rank)]; is_row = False',
+        "P(first.spec[0]) if is_row else P()",
+        "P()",
         (_AOT, "-k", "h100"),
     ),
     Mutation(

@@ -115,6 +115,9 @@ def matrix_free(
     # JAX (to 0.12) lets all constants of a `custom_linear_solve` vary as its right-hand
     # side does, after their types have gone into the trace of what they are used in.
     solver, tolerance = all_vary((solver, tolerance), any_varying(y))
+    names = tuple(problem.batching.axis_names)
+    # One system of all samples has one tolerance, as it has one unit below.
+    tolerance = lax.pmin(tolerance, names) if names else tolerance
     axis_name = problem.solver.axis_name
     fused = _fused_at(problem, y) if is_transposed else None
     terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name, fused)
@@ -139,7 +142,7 @@ def matrix_free(
         return first if is_alone else FallbackLinearSolver(first, solver)
 
     def solve(mv, vector: Float[Array, "..."], guess) -> Outcome:
-        unit, names = None, tuple(problem.batching.axis_names)
+        unit = None
         if names:
             unit = lax.pmax(terms.size(solver.norm, vector), names)
         sol = solve_from(

@@ -92,9 +92,12 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
         unit = each(divisor)(unit)
         solver, scale = self.solver, jnp.ones_like(unit)
         if solver is None:
-            # All samples share one tolerance, each in units of its own.
+            # Under `vmap` all samples share one tolerance, each in units of its own.
+            # Those of a batch have one unit, that of the strictest: nobody knows
+            # whether they depend on each other.
             solver = Anderson(rtol=0.0, atol=_TOLERANCE)
-            tolerance = jnp.maximum(terms.tolerance, _LEAST * rounding(vector))
+            tolerance = jnp.min(jnp.asarray(terms.tolerance), initial=1.0)
+            tolerance = jnp.maximum(tolerance, _LEAST * rounding(vector))
             scale = scale * (tolerance / _TOLERANCE).astype(scale.dtype)
         if axis_name is not None:
             solver = solver.split_along(axis_name)
