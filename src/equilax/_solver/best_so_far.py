@@ -10,6 +10,7 @@ from .._custom_types import Y
 from .._dtype import residual_dtype
 from .._misc import tree_where
 from .base import AbstractFixedPointSolver
+from .wrapper import AbstractWrapper
 
 
 class _BestSoFarState(eqx.Module):
@@ -18,7 +19,7 @@ class _BestSoFarState(eqx.Module):
     residual: Scalar
 
 
-class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
+class BestSoFar(AbstractWrapper[Y, _BestSoFarState]):
     r"""Return the iterate of the smallest residual, whatever ended the solve.
 
     Every failed solve returns that, but for one that `nonfinite` ended: the value is
@@ -38,25 +39,6 @@ class BestSoFar(AbstractFixedPointSolver[Y, _BestSoFarState]):
         """
         check_instance("solver", solver, AbstractFixedPointSolver)
         self.solver = solver
-
-    @property
-    def rtol(self):
-        return self.solver.rtol
-
-    @property
-    def atol(self):
-        return self.solver.atol
-
-    @property
-    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.norm
-
-    @property
-    def axis_name(self):
-        return self.solver.axis_name
-
-    def split_along(self, axis_name):
-        return type(self)(self.solver.split_along(axis_name))
 
     def init(self, y, *, max_steps, state=None):
         old = None if state is None else state.solver_state

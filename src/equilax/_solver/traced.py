@@ -10,6 +10,7 @@ from .._check import check_instance
 from .._custom_types import Y
 from .._dtype import residual_dtype
 from .base import AbstractFixedPointSolver
+from .wrapper import AbstractWrapper
 
 
 class _TracedState(eqx.Module):
@@ -17,7 +18,7 @@ class _TracedState(eqx.Module):
     trace: Float[Array, " num"]
 
 
-class Traced(AbstractFixedPointSolver[Y, _TracedState]):
+class Traced(AbstractWrapper[Y, _TracedState]):
     r"""Record the residual of every iterate.
 
     Adds `trace` to `stats`: `max_steps + 1` numbers in the units of `y`, the solver's
@@ -37,25 +38,6 @@ class Traced(AbstractFixedPointSolver[Y, _TracedState]):
         """
         check_instance("solver", solver, AbstractFixedPointSolver)
         self.solver = solver
-
-    @property
-    def rtol(self):
-        return self.solver.rtol
-
-    @property
-    def atol(self):
-        return self.solver.atol
-
-    @property
-    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.norm
-
-    @property
-    def axis_name(self):
-        return self.solver.axis_name
-
-    def split_along(self, axis_name):
-        return type(self)(self.solver.split_along(axis_name))
 
     def init(self, y, *, max_steps, state=None):
         old = None if state is None else state.solver_state

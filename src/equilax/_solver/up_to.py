@@ -9,9 +9,10 @@ from jaxtyping import PyTree
 from .._check import check_instance, check_integer
 from .._custom_types import IntScalar, Y
 from .base import AbstractFixedPointSolver
+from .wrapper import AbstractWrapper
 
 
-class UpTo(AbstractFixedPointSolver[Y, PyTree[Any]]):
+class UpTo(AbstractWrapper[Y, PyTree[Any]]):
     r"""Take at most `num_steps` steps, a number that may be traced.
 
     As a smaller `max_steps`, which is fixed when a program is compiled: a solve that
@@ -39,25 +40,6 @@ class UpTo(AbstractFixedPointSolver[Y, PyTree[Any]]):
         _check_steps(num_steps)
         self.solver = solver
         self.num_steps = num_steps
-
-    @property
-    def rtol(self):
-        return self.solver.rtol
-
-    @property
-    def atol(self):
-        return self.solver.atol
-
-    @property
-    def norm(self):  # pyright: ignore[reportIncompatibleMethodOverride]
-        return self.solver.norm
-
-    @property
-    def axis_name(self):
-        return self.solver.axis_name
-
-    def split_along(self, axis_name):
-        return type(self)(self.solver.split_along(axis_name), self.num_steps)
 
     def init(self, y, *, max_steps, state=None):
         return self.solver.init(y, max_steps=max_steps, state=state)
