@@ -1,7 +1,6 @@
 """The table, the figure and the files at the end of the digits example."""
 
 import hashlib
-import io
 import json
 import math
 import time
@@ -18,13 +17,16 @@ from digits_measure import (
     traces,
 )
 from digits_model import Classifier, LARGEST_NORM, TOLERANCE
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from figures import (
+    BLUE as _FORWARD,
+    GREY as _OTHER,
+    new_figure,
+    ORANGE as _BACKWARD,
+    save_figure,
+    tidy,
+)
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-from PIL import Image
-
-
-_FORWARD, _BACKWARD, _OTHER = "#1f5fa8", "#d9772b", "#8a8f98"
 
 
 def finish(
@@ -67,8 +69,7 @@ def finish(
     checkpoint.replace_file(out / "final.eqx", parameters)
     text = json.dumps(metrics, indent=1)
     checkpoint.replace_file(out / "metrics.json", text.encode())
-    figure = _figure(history, aux, residuals, metrics)
-    checkpoint.replace_file(out / "digits.png", _png(figure))
+    save_figure(out / "digits.png", _figure(history, aux, residuals, metrics))
     print(f"\n{_table(metrics)}\n")
     print(f"sha256 of the parameters  {metrics['sha256']}")
     print(f"In {out}: final.eqx, metrics.json, digits.png")
@@ -102,19 +103,12 @@ def _table(m: dict[str, Any]) -> str:
 
 
 def _figure(history, aux, residuals, metrics) -> Figure:
-    figure = Figure(figsize=(13.5, 7.5), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(2, 3)
+    figure, axes = new_figure(2, 3)
     _training_panels(axes[0], history)
     _solve_panels(axes[1], history, aux, residuals)
     for ax in axes.flat:
-        ax.grid(alpha=0.25)
-        ax.set_axisbelow(True)
-        ax.spines[["top", "right"]].set_visible(False)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-        legend = ax.legend(frameon=False, fontsize=9)
-        for line in legend.get_lines():
-            line.set(linewidth=2, alpha=1)
+        tidy(ax)
     for ax in (*axes[0], axes[1, 2]):
         ax.set(xlabel="epoch", xlim=(0, len(history["loss"]) - 1))
         for line in ax.get_lines():  # A line of few points, or of one.
@@ -127,15 +121,6 @@ def _figure(history, aux, residuals, metrics) -> Figure:
         fontsize=14,
     )
     return figure
-
-
-def _png(figure: Figure) -> bytes:
-    """With a palette, which takes a third of the space and looks the same."""
-    drawn, small = io.BytesIO(), io.BytesIO()
-    figure.savefig(drawn, dpi=120)
-    image = Image.open(drawn).convert("RGB").quantize(dither=Image.Dither.NONE)
-    image.save(small, "png", optimize=True)
-    return small.getvalue()
 
 
 def _training_panels(axes: np.ndarray, history: dict[str, np.ndarray]) -> None:

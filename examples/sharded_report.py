@@ -1,18 +1,21 @@
 """The metrics file, the table and the figure of the sharded example."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
 from checkpoint import replace_file
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from figures import (
+    BLUE as _FORWARD,
+    GREY as _OTHER,
+    new_figure,
+    ORANGE as _BACKWARD,
+    running_mean,
+    save_figure,
+    tidy,
+)
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
-
-
-_FORWARD, _BACKWARD, _OTHER = "#1f5fa8", "#d9772b", "#8a8f98"
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -55,14 +58,12 @@ def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
 
     - `where`: On how many devices of how many processes.
     """
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    loss, solver = figure.subplots(1, 2)
+    figure, ((loss, solver),) = new_figure(1, 2, width=5, height=4)
     step = np.array([row["step"] for row in rows])
     column = lambda name: np.array([row[name] for row in rows])
     losses = column("loss")
     loss.semilogy(step, losses, color=_OTHER, lw=1, label="a batch")
-    loss.semilogy(step, _smooth(losses), color=_FORWARD, lw=2, label="mean of 20")
+    loss.semilogy(step, running_mean(losses), color=_FORWARD, lw=2, label="mean of 20")
     loss.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     loss.yaxis.set_major_formatter("{x:g}")
     loss.yaxis.set_minor_formatter(NullFormatter())
@@ -79,18 +80,6 @@ def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:
     solver.set_ylim(bottom=0)
     for ax in (loss, solver):
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
-        ax.grid(alpha=0.25)
-        ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(frameon=False, fontsize=9)
+        tidy(ax)
     figure.suptitle(f"Equilibrium classifier, data-parallel over {where}")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, dpi=110)
-    replace_file(path, buffer.getvalue())
-
-
-def _smooth(x: np.ndarray, width: int = 20) -> np.ndarray:
-    """The mean of the last `width` values, of fewer at the start."""
-    sums = np.cumsum(np.concatenate([[0.0], x]))
-    ends = np.arange(1, len(x) + 1)
-    starts = np.maximum(0, ends - width)
-    return (sums[ends] - sums[starts]) / (ends - starts)
+    save_figure(path, figure, dpi=110)
