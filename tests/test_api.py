@@ -68,6 +68,8 @@ _NAMES = {
 _NN_NAMES = {
     "AbstractFusedCell",
     "AbstractFusedMap",
+    "AbstractParametrisation",
+    "AbstractStatefulParametrisation",
     "AffineCell",
     "AffineMap",
     "ContractiveLinear",
@@ -86,10 +88,14 @@ _NN_NAMES = {
     "normalise_adjacency",
     "PeacemanRachford",
     "PositiveConcaveCell",
+    "prepare",
+    "prepare_with_state",
+    "SpectralNorm",
     "ToleranceSchedule",
     "TransformerCell",
     "VariationalDropout",
     "WarmStart",
+    "WeightNorm",
 }
 _SHARDING_NAMES = {"shard_vmap"}
 _KERNEL_NAMES = {

@@ -94,6 +94,78 @@ def test_a_bounded_norm_converges_for_any_parameters(axis, seed, size):
         assert np.max(np.abs(got - expected)) < 1e-8
 
 
+@ft.cache
+def _scaled():
+    linear = eqlx.nn.ContractiveLinear(6, _BOUND, axis=None, key=jr.key(0))
+    solver = eqlx.FixedPointIteration(0.0, _TOLERANCE, eqlx.two_norm)
+    adjoint = eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(solver))
+
+    @jax.jit
+    def run(weight, u):
+        def solve(weight):
+            cell = eqx.tree_at(lambda li: li.weight, linear, weight)
+            layer = eqlx.nn.FixedPointLayer(
+                _Affine(cell), solver, adjoint=adjoint, max_steps=1000
+            )
+            sol = layer.solve(u)
+            return jnp.sum(sol.value), (sol, cell.matrix())
+
+        return jax.grad(solve, has_aux=True)(weight)
+
+    return run
+
+
+class _Affine(eqx.Module):
+    linear: Any
+
+    def __call__(self, z, x):
+        return jnp.tanh(self.linear(z) + x)
+
+
+def _loss_by_hand(weight, u):
+    """The same in NumPy, the norm by the definition of its bound."""
+    unit = weight / np.abs(weight).max()
+    power = np.linalg.matrix_power(unit.T @ unit, 16)
+    size = np.abs(weight).max() * np.linalg.norm(power) ** (1 / 32)
+    w, z = min(1, _BOUND / size) * weight, np.tanh(u)
+    for _ in range(400):
+        z = np.tanh(w @ z + u)
+    return z.sum()
+
+
+@_property
+@given(seed=_seeds, size=st.floats(-2.0, 30.0))
+def test_a_bounded_two_norm_converges_for_any_parameters(seed, size):
+    rng = np.random.default_rng(seed)
+    weight, u = 10**size * rng.standard_normal((6, 6)), rng.standard_normal(6)
+    grad, (sol, w) = _scaled()(weight, u)
+    norm = np.linalg.norm(w, 2)
+    assert norm < _BOUND + 1e-12
+    assert norm > min(np.linalg.norm(weight, 2), _BOUND) / 6 ** (1 / 64) - 1e-12
+    assert sol.result == eqlx.RESULTS.successful
+    promised = 1 + np.log(_TOLERANCE / np.linalg.norm(np.tanh(u))) / np.log(_BOUND)
+    assert int(sol.stats["num_steps"]) <= promised
+    step = 1e-6 * np.abs(weight).max() * rng.standard_normal((6, 6))
+    by_differences = _loss_by_hand(weight + step, u) - _loss_by_hand(weight - step, u)
+    scale = np.sum(np.abs(grad * step)) + 1e-300
+    assert abs(2 * np.sum(grad * step) - by_differences) < 1e-6 * scale + 1e-9 * scale
+
+
+def test_a_weight_of_zeros_or_of_single_precision(getkey):
+    linear = eqlx.nn.ContractiveLinear(5, axis=None, dtype=jnp.float32, key=getkey())
+    total = lambda linear: jnp.sum(linear.matrix())
+    for size in (0.0, 1e-30, 1e30):
+        weight = jnp.full((5, 5), size, jnp.float32)
+        this = eqx.tree_at(lambda li: li.weight, linear, weight)
+        expected = min(size, _BOUND / 5)  # Of rank one: the bound is the norm.
+        got, grads = eqx.filter_value_and_grad(total)(this)
+        assert abs(got / 25 - expected) < 3e-6 * max(expected, 1e-30)
+        if size < 1:
+            assert np.all(grads.weight == 1)
+        else:  # What is scaled back gains nothing by being larger.
+            assert np.max(np.abs(grads.weight)) < 1e-30
+
+
 def test_a_row_inside_the_ball_is_left_alone(getkey):
     linear = eqlx.nn.ContractiveLinear(5, dtype=jnp.bfloat16, key=getkey())
     weight = jnp.zeros((5, 5), jnp.bfloat16).at[0, 1].set(0.5)

@@ -351,3 +351,39 @@ def test_other_linear_solvers(getkey, splitting, activation):
     z = eqx.filter_jit(layer)(x)
     w, bias = _matrix(*_arrays(layer)[:2], 0.5), layer.injection(x)
     assert np.max(np.abs(activation(w @ z + bias) - z)) < 1e-11
+
+
+@pytest.mark.parametrize(
+    "splitting", [eqlx.nn.ForwardBackward(), eqlx.nn.PeacemanRachford()]
+)
+def test_the_backward_solve_speaks(getkey, splitting):
+    layer: Any = _layer(getkey(), splitting, activation=jnp.tanh)
+    x, ct = jr.normal(getkey(), (3,)), jr.normal(getkey(), (6,))
+    z = layer(x)
+    sol = layer.solve_adjoint(x, z, ct)
+    assert sol.result == eqlx.RESULTS.successful
+    assert sol.stats["is_usable"]
+    assert 1 < sol.stats["num_steps"] <= 5000
+    # Of `y = step(y)`, in which `y` is `z + alpha (W z + u - z)` or `z` itself:
+    # whichever it is, the gradient in the injection is that of a dense inverse.
+    map = layer.linear.prepare((6,))
+    split = splitting.split(map, jnp.tanh)
+    u = layer.injection(x)
+    y = split.start(z, u)
+    _, transposed = jax.vjp(lambda u: split.step(y, u), u)
+    w, slope = np.asarray(layer.linear.matrix()), 1 - np.square(z)
+    exact = slope * (np.linalg.inv(np.eye(6) - slope[:, None] * w).T @ ct)
+    assert relative_error(transposed(sol.value)[0], exact) < 1e-9
+    short = eqx.tree_at(
+        lambda la: la.how.adjoint,
+        layer,
+        eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(_picard, max_steps=2)),
+    )
+    assert short.solve_adjoint(x, z, ct).stats["num_steps"] == 2
+    with pytest.raises(ValueError, match="`cotangent` must have the shape"):
+        layer.solve_adjoint(x, z, ct[:2])
+    unrolled = eqx.tree_at(
+        lambda la: la.how.adjoint, layer, eqlx.RecursiveCheckpointAdjoint()
+    )
+    with pytest.raises(TypeError, match="RecursiveCheckpointAdjoint.* no linear solve"):
+        unrolled.solve_adjoint(x, z, ct)

@@ -18,9 +18,17 @@ from .monotone_conv import MonotoneConv as MonotoneConv
 from .monotone_layer import MonotoneLayer as MonotoneLayer
 from .monotone_linear import MonotoneLinear as MonotoneLinear
 from .multiscale_cell import MultiscaleCell as MultiscaleCell
+from .parametrisation import (
+    AbstractParametrisation as AbstractParametrisation,
+    AbstractStatefulParametrisation as AbstractStatefulParametrisation,
+    prepare as prepare,
+    prepare_with_state as prepare_with_state,
+)
 from .peaceman_rachford import PeacemanRachford as PeacemanRachford
 from .positive_concave_cell import PositiveConcaveCell as PositiveConcaveCell
+from .spectral_norm import SpectralNorm as SpectralNorm
 from .tolerance_schedule import ToleranceSchedule as ToleranceSchedule
 from .transformer_cell import TransformerCell as TransformerCell
 from .variational_dropout import VariationalDropout as VariationalDropout
 from .warm_start import WarmStart as WarmStart
+from .weight_norm import WeightNorm as WeightNorm

@@ -3,9 +3,6 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import jax
-import jax.numpy as jnp
-import jax.tree_util as jtu
 from jaxtyping import Array, PRNGKeyArray, PyTree
 
 from .._adjoint import (
@@ -18,11 +15,12 @@ from .._batching import AbstractBatching, Staged
 from .._check import check_callable, check_instance, check_integer
 from .._fixed_point import solve
 from .._fused import AbstractFusedCell
-from .._misc import struct
 from .._settings import Settings
 from .._solution import Solution
 from .._solve_adjoint import adjoint_by
 from .._solver import AbstractFixedPointSolver
+from .parametrisation import prepare
+from .start import start
 
 
 def _call(z, args):
@@ -53,6 +51,9 @@ class FixedPointLayer(eqx.Module):
 
     A solve that does not converge does not raise here: its value is where it stopped.
     Call `solve` in place of the layer to read its status and its step count.
+
+    What a cell makes of its parameters, such as a normalised weight, is made once a
+    solve: see [`equilax.nn.prepare`][].
 
     Cost: an evaluation of the cell a step of the solver and one more; the same again in
     the backward pass, with products in place of evaluations. Memory: the solver's in
@@ -174,8 +175,8 @@ class FixedPointLayer(eqx.Module):
 
         The function, the initial guess and the `args` of [`equilax.fixed_point`][].
         """
-        args = (self.cell, x, key if _takes_key(self.cell) else None)
-        return _call, self._start(z0, args), args
+        args = self._args(x, key)
+        return _call, start(_call, z0, args), args
 
     def solve_adjoint(
         self,
@@ -205,9 +206,12 @@ class FixedPointLayer(eqx.Module):
                 f"`adjoint={type(self.adjoint).__name__}` has no linear solve in its "
                 "backward pass."
             )
-        args = (self.cell, x, key if _takes_key(self.cell) else None)
         settings = self._settings(state, None)
-        return adjoint_by(_call, z, cotangent, args, None, settings)
+        return adjoint_by(_call, z, cotangent, self._args(x, key), None, settings)
+
+    def _args(self, x, key) -> tuple[Callable, Any, Any]:
+        cell = prepare(self.cell)
+        return cell, x, key if _takes_key(cell) else None
 
     def _settings(self, state, monitor) -> Settings:
         return Settings(
@@ -219,37 +223,4 @@ class FixedPointLayer(eqx.Module):
             state,
             monitor,
             fuse=_fuse if self.fuse else None,
-        )
-
-    def _start(self, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:
-        """The initial guess, or an error if the cell does not return its like."""
-        init = getattr(self.cell, "init", None)
-        if z0 is not None:
-            if init is not None:
-                expected = eqx.filter_eval_shape(init, args[1])
-                _check_start(z0, expected, "`cell.init(x)`")
-            return z0
-        if init is not None:
-            return init(args[1])
-        z0 = jtu.tree_map(jnp.zeros_like, args[1])
-        try:
-            out = eqx.filter_eval_shape(_call, z0, args)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                "`z0` was not given and `cell` has no method `init(x) -> z0`, and "
-                f"zeros like `x` ({struct(z0)}) do not fit `cell`: pass `z0`."
-            ) from error
-        _check_start(z0, out, "`cell(z, x)`", "`z0` was not given; zeros like `x` are ")
-        return z0
-
-
-def _check_start(z0, expected, source: str, prefix: str = "`z0` has "):
-    leaves = jtu.tree_map(jnp.asarray, z0)
-    got, expected = jax.eval_shape(lambda: leaves), struct(expected)
-    if jtu.tree_structure(got) != jtu.tree_structure(expected) or any(
-        a.shape != b.shape
-        for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(expected), strict=True)
-    ):
-        raise ValueError(
-            f"{prefix}{struct(got)}, but {source} has {expected}: pass a `z0` like it."
         )

@@ -14,8 +14,8 @@ from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 from .._solution import Solution
 from .._solver import AbstractFixedPointSolver
-from .monotone_layer import MonotoneSolve
 from .monotone_map import DenseMap
+from .monotone_solve import MonotoneSolve
 from .splitting import AbstractSplitting
 
 
@@ -191,10 +191,28 @@ class LipschitzBoundedLayer(eqx.Module):
         - `x`, `z0`, `monitor`: As for calling the layer.
         - `state`: The `Solution.state` of an earlier solve. Keyword only argument.
         """
+        return self.how(self._map(), self._drive(x), z0, state, monitor)
+
+    def solve_adjoint(
+        self,
+        x: Float[Array, " in_features"],
+        z: Float[Array, " features"],
+        cotangent: Float[Array, " features"],
+        *,
+        state: PyTree[Any] = None,
+    ) -> Solution:
+        """As `solve_adjoint` of an [`equilax.nn.MonotoneLayer`][].
+
+        `z` is the equilibrium, and the cotangent is one of it: the transpose of
+        `output` times one of the output.
+        """
+        u = self._drive(x)
+        return self.how.solve_adjoint(self._map(), u, z, cotangent, state)
+
+    def _drive(self, x):
         if x.shape != (self.in_features,):
             raise ValueError(
                 f"`x` must have the shape ({self.in_features},), one sample without a "
                 f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
             )
-        u = self.injection @ x + self.bias
-        return self.how(self._map(), u, z0, state, monitor)
+        return self.injection @ x + self.bias

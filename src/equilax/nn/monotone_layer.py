@@ -3,75 +3,16 @@ from typing import Any
 
 import equinox as eqx
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from .._adjoint import AbstractAdjoint, AdjointMonitor, ImplicitAdjoint
 from .._batching import AbstractBatching, Staged
-from .._check import check_callable, check_instance, check_integer
-from .._fixed_point import fixed_point
+from .._check import check_callable, check_instance
 from .._solution import Solution
 from .._solver import AbstractFixedPointSolver
 from .monotone_linear import AbstractMonotoneLinear
-from .monotone_map import AbstractMonotoneMap
-from .proximal import check_activation
+from .monotone_solve import MonotoneSolve
 from .splitting import AbstractSplitting
-
-
-def _step(y, args):
-    split, u = args
-    return split.step(y, u)
-
-
-class MonotoneSolve(eqx.Module):
-    r"""How $z = \sigma(W z + u)$ is solved, but for $W$ and $u$."""
-
-    splitting: AbstractSplitting
-    solver: AbstractFixedPointSolver
-    activation: Callable[[Array], Array]
-    adjoint: AbstractAdjoint
-    batching: AbstractBatching
-    max_steps: int = eqx.field(static=True)
-    throw: bool = eqx.field(static=True)
-
-    def check(self):
-        check_instance("splitting", self.splitting, AbstractSplitting)
-        check_instance("solver", self.solver, AbstractFixedPointSolver)
-        check_activation(self.activation)
-        check_instance("adjoint", self.adjoint, AbstractAdjoint)
-        check_instance("batching", self.batching, AbstractBatching)
-        check_integer("max_steps", self.max_steps, 1)
-        check_instance("throw", self.throw, bool)
-
-    def __call__(
-        self,
-        map: AbstractMonotoneMap,
-        u: Float[Array, "..."],
-        z0: Float[Array, "..."] | None,
-        state: PyTree[Any],
-        monitor: AdjointMonitor | None,
-    ) -> Solution:
-        """The solution, in terms of `z`."""
-        if z0 is None:
-            z0 = jnp.zeros_like(u)
-        if jnp.shape(z0) != u.shape:
-            raise ValueError(
-                f"`z0` must have the shape {u.shape} of the state; got {jnp.shape(z0)}."
-            )
-        split = self.splitting.split(map, self.activation)
-        sol = fixed_point(
-            _step,
-            self.solver,
-            split.start(jnp.asarray(z0, u.dtype), u),
-            (split, u),
-            max_steps=self.max_steps,
-            adjoint=self.adjoint,
-            batching=self.batching,
-            throw=self.throw,
-            state=state,
-            monitor=monitor,
-        )
-        return eqx.tree_at(lambda sol: sol.value, sol, split.value(sol.value))
 
 
 class MonotoneLayer(eqx.Module):
@@ -184,3 +125,31 @@ class MonotoneLayer(eqx.Module):
         u = self.injection(x)
         map = self.linear.prepare(u.shape)
         return self.how(map, u, z0, state, monitor)
+
+    def solve_adjoint(
+        self,
+        x: PyTree[Any],
+        z: Float[Array, "..."],
+        cotangent: Float[Array, "..."],
+        *,
+        state: PyTree[Any] = None,
+    ) -> Solution:
+        """Do the linear solve of the backward pass, as [`equilax.solve_adjoint`][].
+
+        **Arguments:**
+
+        - `x`: The input, one sample.
+        - `z`: The equilibrium.
+        - `cotangent`: The derivative of a loss in `z`.
+        - `state`: The `Solution.state` of the forward pass, for an adjoint that shares
+            it. Keyword only argument.
+
+        **Returns:**
+
+        An [`equilax.Solution`][], with the status, steps and residual of the solve. Its
+        value is a cotangent of the iterate of the splitting.
+        """
+        u = self.injection(x)
+        return self.how.solve_adjoint(
+            self.linear.prepare(u.shape), u, z, cotangent, state
+        )

@@ -12,6 +12,7 @@ from jaxtyping import Array, Complex, Float, Inexact, Scalar
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 from .._mesh import all_vary, any_varying
+from .norm_bound import norm_bound
 
 
 class AbstractMonotoneMap(eqx.Module):
@@ -44,19 +45,6 @@ class AbstractMonotoneMap(eqx.Module):
     @abc.abstractmethod
     def transpose(self) -> "AbstractMonotoneMap":
         """The transpose of `W`."""
-
-
-def _norm_bound(matrix: Inexact[Array, "n n"]) -> Scalar:
-    r"""$\|G^{16}\|_F^{1/32} \geq \|M\|_2$ for $G = M^* M$, by five products.
-
-    A singular value decomposition takes many times as long.
-    """
-    power, log = matrix.conj().T @ matrix, 0.0
-    for _ in range(4):
-        size = jnp.linalg.norm(power)
-        scaled = power / size.astype(power.dtype)
-        power, log = scaled @ scaled, 2 * (log + jnp.log(size))
-    return jnp.exp((log + jnp.log(jnp.linalg.norm(power))) / 32)
 
 
 def _invert(
@@ -105,7 +93,7 @@ class DenseMap(AbstractMonotoneMap):
         if self.metric is not None:
             metric = self.metric.astype(matrix.dtype)
             matrix = metric[:, None] * matrix / metric[None, :]
-        return _norm_bound(matrix)
+        return norm_bound(matrix)
 
     def inverse(self, alpha, linear_solver):
         weight = _invert(self._wide(), alpha, linear_solver)
@@ -136,7 +124,7 @@ class FourierMap(AbstractMonotoneMap):
     def norm(self):
         eye = jnp.eye(self.spectrum.shape[-1], dtype=self.spectrum.dtype)
         matrices = eye[None, None] - self.spectrum
-        return jnp.max(jax.vmap(jax.vmap(_norm_bound))(matrices))
+        return jnp.max(jax.vmap(jax.vmap(norm_bound))(matrices))
 
     def inverse(self, alpha, linear_solver):
         invert = lambda matrix: _invert(matrix, alpha, linear_solver)

@@ -1,0 +1,46 @@
+"""Where the solve of a layer begins."""
+
+from collections.abc import Callable
+from typing import Any
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jaxtyping import Array, PyTree
+
+from .._misc import struct
+
+
+def start(call: Callable, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:
+    """The initial guess, or an error if the cell does not return its like."""
+    cell, x, _ = args
+    init = getattr(cell, "init", None)
+    if z0 is not None:
+        if init is not None:
+            _check_start(z0, eqx.filter_eval_shape(init, x), "`cell.init(x)`")
+        return z0
+    if init is not None:
+        return init(x)
+    z0 = jtu.tree_map(jnp.zeros_like, x)
+    try:
+        out = eqx.filter_eval_shape(call, z0, args)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            "`z0` was not given and `cell` has no method `init(x) -> z0`, and "
+            f"zeros like `x` ({struct(z0)}) do not fit `cell`: pass `z0`."
+        ) from error
+    _check_start(z0, out, "`cell(z, x)`", "`z0` was not given; zeros like `x` are ")
+    return z0
+
+
+def _check_start(z0, expected, source: str, prefix: str = "`z0` has "):
+    leaves = jtu.tree_map(jnp.asarray, z0)
+    got, expected = jax.eval_shape(lambda: leaves), struct(expected)
+    if jtu.tree_structure(got) != jtu.tree_structure(expected) or any(
+        a.shape != b.shape
+        for a, b in zip(jtu.tree_leaves(got), jtu.tree_leaves(expected), strict=True)
+    ):
+        raise ValueError(
+            f"{prefix}{struct(got)}, but {source} has {expected}: pass a `z0` like it."
+        )
