@@ -1,0 +1,33 @@
+"""What a contender is: a layer of ours, of another library, or by hand."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+
+Make = Callable[[Callable, Any, Any, int], Callable]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """**Attributes:**
+
+    - `make`: `(fn, forward, backward, max_steps)` to `run(z0, args)`.
+    - `is_whole`: Whether a batch is one problem to it, and not each sample.
+    - `is_static`: Whether its tolerances are constants of a program.
+    - `is_tied`: Whether it has no tolerance of its own backwards.
+    - `reason`: Why it has no gradient, if so.
+    """
+
+    library: str
+    name: str
+    make: Make
+    is_whole: bool = False
+    is_static: bool = False
+    is_tied: bool = False
+    reason: str = ""
+
+    @property
+    def row(self) -> str:
+        whole = ", whole batch" if self.is_whole else ""
+        return f"{self.library}, {self.name}{whole}"

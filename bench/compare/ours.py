@@ -1,0 +1,104 @@
+"""Our layers, and what people write without a library.
+
+Each makes, from a function and two tolerances, `run(z0, args) -> z`, whose gradient it
+defines.
+"""
+
+import functools as ft
+
+import equilax as eqlx
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .contender import Contender, Make
+
+
+def _equilax(solver, adjoint=None, **options) -> Make:
+    def make(fn, forward, backward, max_steps):
+        linear = eqlx.ImplicitAdjoint() if adjoint is None else adjoint(backward)
+
+        def run(z0, args):
+            return eqlx.fixed_point(
+                fn,
+                solver(forward, 0.0),
+                z0,
+                args,
+                max_steps=max_steps,
+                adjoint=linear,
+                throw=False,
+                **options,
+            ).value
+
+        return run
+
+    return make
+
+
+def _own(backward):
+    solver = eqlx.FixedPointIteration(backward, 0.0)
+    return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(solver, max_steps=4000))
+
+
+def _own_anderson(backward):
+    solver = eqlx.Anderson(backward, 0.0)
+    return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(solver, max_steps=4000))
+
+
+def ours() -> list[Contender]:
+    add = ft.partial(Contender, "equilax")
+    return [
+        add("Anderson", _equilax(eqlx.Anderson), is_tied=True),
+        add("Anderson, own tolerance", _equilax(eqlx.Anderson, _own_anderson)),
+        add("iteration, own tolerance", _equilax(eqlx.FixedPointIteration, _own)),
+        add("Broyden", _equilax(eqlx.Broyden), is_tied=True),
+    ]
+
+
+def _two_loops(fn, forward, backward, max_steps):
+    """What people write: two loops and a `custom_vjp`, as in the notebook."""
+
+    def iterate(step, z0, tolerance):
+        def cond(carry):
+            count, last, z = carry
+            return (count < max_steps) & (
+                jnp.linalg.norm(z - last) > tolerance * jnp.linalg.norm(z)
+            )
+
+        body = lambda carry: (carry[0] + 1, carry[2], step(carry[2]))
+        return lax.while_loop(cond, body, (1, z0, step(z0)))[2]
+
+    @jax.custom_vjp
+    def run(z0, args):
+        return iterate(lambda z: fn(z, args), z0, forward)
+
+    def fwd(z0, args):
+        z = run(z0, args)
+        return z, (z0, args, z)
+
+    def bwd(res, ct):
+        z0, args, z = res
+        _, in_z = jax.vjp(lambda z: fn(z, args), z)
+        u = iterate(lambda u: in_z(u)[0] + ct, jnp.zeros_like(ct), backward)
+        _, in_args = jax.vjp(lambda args: fn(z, args), args)
+        return jnp.zeros_like(z0), in_args(u)[0]
+
+    run.defvjp(fwd, bwd)
+    return run
+
+
+def _unrolled(fn, forward, backward, max_steps):
+    del forward, backward, max_steps
+
+    def run(z0, args):
+        return lax.scan(lambda z, _: (fn(z, args), None), z0, length=30)[0]
+
+    return run
+
+
+def by_hand() -> list[Contender]:
+    return [
+        Contender("by hand", "two loops", _two_loops),
+        Contender("by hand", "two loops", _two_loops, is_whole=True),
+        Contender("unrolled", "30 layers", _unrolled, is_static=True, is_tied=True),
+    ]

@@ -1,0 +1,109 @@
+"""TorchDEQ's side of the comparison, run by an interpreter that has it.
+
+    python torch_worker.py WORKLOAD.npz CELL MAX_STEPS SOLVER
+
+Reads a request a line from the standard input, `[what, forward, backward]`, and answers
+with a line. `forward` and `both` do the work once; `save` writes what it comes to.
+"""
+
+import importlib.metadata
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch  # pyright: ignore[reportMissingImports]
+import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
+from torchdeq import get_deq  # pyright: ignore[reportMissingImports]
+
+
+def tanh_cell(z, params, x):
+    return torch.tanh(z @ params[0].T + x)
+
+
+def scaled_cell(z, params, x):
+    return torch.tanh(x[:, :1] * (z @ params[0].T) + x[:, 1:])
+
+
+def convolution(z, params, x):
+    kernel, mixing = params
+    image = F.conv2d(z.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), padding=1)
+    return torch.tanh(image.permute(0, 2, 3, 1) + x @ mixing)
+
+
+def _normalise(z):
+    return F.layer_norm(z, z.shape[-1:], eps=1e-5)
+
+
+def transformer(z, params, x):
+    down, key, output, query, up, value = params  # By name, as JAX flattens them.
+    batch, length, width = z.shape
+    split = lambda w: (z @ w).view(batch, length, 4, -1).transpose(1, 2)
+    mixed = F.scaled_dot_product_attention(
+        split(query), split(key), split(value), is_causal=True
+    )
+    h = _normalise(x + mixed.transpose(1, 2).reshape(z.shape) @ output)
+    return _normalise(h + torch.tanh(h @ up) @ down)
+
+
+CELLS = {f.__name__: f for f in (tanh_cell, scaled_cell, convolution, transformer)}
+
+
+class Worker:
+    def __init__(self, path: str, cell: str, max_steps: str, solver: str):
+        self.path, self.cell, self.solver = Path(path), CELLS[cell], solver
+        self.max_steps = int(max_steps)
+        with np.load(path) as data:
+            read = lambda name: torch.tensor(data[name])
+            num = sum(name.startswith("param") for name in data.files)
+            self.params = [read(f"param{i}").requires_grad_() for i in range(num)]
+            self.xs, self.cts = read("xs").requires_grad_(), read("cts")
+
+    def _solve(self, forward: float, backward: float):
+        deq = get_deq(
+            ift=True,
+            f_solver=self.solver,
+            b_solver=self.solver,
+            f_max_iter=self.max_steps,
+            b_max_iter=self.max_steps,
+            f_tol=forward,
+            b_tol=backward,
+            f_stop_mode="rel",
+            b_stop_mode="rel",
+        )
+        deq.train()
+        fn = lambda z: self.cell(z, self.params, self.xs)
+        return deq(fn, torch.zeros_like(self.cts))[0][-1]
+
+    def forward(self, forward, backward):
+        with torch.no_grad():
+            return self._solve(forward, backward)
+
+    def both(self, forward, backward):
+        zs = self._solve(forward, backward)
+        loss = (zs * self.cts).sum()
+        return zs, torch.autograd.grad(loss, [*self.params, self.xs])
+
+    def answer(self, what, *tolerances):
+        if what == "version":
+            versions = [importlib.metadata.version(n) for n in ("torchdeq", "torch")]
+            return f"TorchDEQ {versions[0]}, torch {versions[1]}"
+        if what == "save":
+            zs, grads = self.both(*tolerances)
+            arrays = {f"grad{i}": g.numpy() for i, g in enumerate(grads)}
+            np.savez(
+                self.path.with_name("result.npz"), zs=zs.detach().numpy(), **arrays
+            )
+        else:
+            getattr(self, what)(*tolerances)
+        return None
+
+
+def main() -> None:
+    worker = Worker(*sys.argv[1:])
+    for line in sys.stdin:
+        print(json.dumps(worker.answer(*json.loads(line))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
