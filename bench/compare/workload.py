@@ -79,7 +79,7 @@ class Workload:
         errors = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
         return _or_infinite(np.max(errors))
 
-    def gradient_error(self, grads: tuple[Tree, jax.Array]) -> float:
+    def gradient_error(self, grads: Tree) -> float:
         """The larger of that of all parameters and that of all inputs."""
         got = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
         size = lambda leaves: np.sqrt(sum(np.sum(np.square(x)) for x in leaves))
