@@ -54,11 +54,11 @@ class TorchDEQ:
         self.row = f"TorchDEQ, {solver}"
         self.folder = tempfile.TemporaryDirectory()
         path = Path(self.folder.name) / "workload.npz"
-        params = jax.tree_util.tree_flatten_with_path(workload.params)[0]
-        names = {f"param{i}": np.float32(leaf) for i, (_, leaf) in enumerate(params)}
-        np.savez(
-            path, xs=np.float32(workload.xs), cts=np.float32(workload.cts), **names
-        )
+        arrays: Any = {"xs": workload.xs, "cts": workload.cts}
+        for i, leaf in enumerate(jax.tree.leaves(workload.params)):
+            arrays[f"param{i}"] = leaf
+        single: Any = {k: np.float32(v) for k, v in arrays.items()}
+        np.savez(path, **single)
         script = Path(__file__).with_name("torch_worker.py")
         cell = getattr(workload.cell, "__name__", "")
         command = [
