@@ -6,6 +6,7 @@ python -m bench.papers [--plots FOLDER] [--json FILE]
 from . import (
     anderson_is_gmres,
     gradient_quality,
+    monotone_splitting,
     reversible_gradient,
     safeguarded_type_i,
     squarem_poisson,
@@ -18,6 +19,7 @@ RUNS = {
     "squarem_poisson": squarem_poisson.run,
     "safeguarded_type_i": safeguarded_type_i.run,
     "gradient_quality": gradient_quality.run,
+    "monotone_splitting": monotone_splitting.run,
     "reversible_gradient": reversible_gradient.run,
 }
 
