@@ -1,17 +1,14 @@
 """The reproductions: their exact claims, at a tiny cost."""
 
-import functools as ft
 import json
 import sys
 
 import equilax as eqlx
 import jax.numpy as jnp
-import jax.tree_util as jtu
 import numpy as np
 import scipy.optimize
 from bench.papers import (
     anderson_is_gmres,
-    monotone_layers,
     report,
     safeguarded_type_i,
     squarem_poisson,
@@ -106,67 +103,6 @@ def test_the_dense_algorithm_ends_on_a_linear_map():
     b = np.array([1.0, 2.0, 3.0])
     fn = lambda y: a @ y + b
     assert type_i_dense.solve(fn, np.zeros(3), 1e-9, max_steps=50) == 4
-
-
-def test_the_dense_monotone_layer_has_the_gradients_of_differences():
-    linear = _random_layer(6)
-    u = np.random.default_rng(0).normal(size=6)
-    weights = np.arange(1.0, 7) / 6
-
-    def at(a, b, u):
-        """The equilibrium by the plain iteration, damped, in NumPy."""
-        z = np.zeros(6)
-        w = (1 - linear.margin) * np.eye(6) - a.T @ a + b - b.T
-        for _ in range(2000):
-            z = z + 0.05 * (np.maximum(w @ z + u, 0) - z)
-        return np.maximum(w @ z + u, 0)
-
-    params = tuple(np.asarray(x) for x in (linear.a, linear.b, u))
-    exact, grads = monotone_layers.dense(linear, u, at(*params))
-    assert np.max(np.abs(exact - at(*params))) < 1e-12
-    rng, step = np.random.default_rng(1), 1e-5
-    for i, grad in enumerate(grads):
-        along = rng.normal(size=grad.shape)
-        ends = []
-        for sign in (1, -1):
-            moved = list(params)
-            moved[i] = moved[i] + sign * step * along
-            ends.append(weights @ at(*moved))
-        slope = (ends[0] - ends[1]) / (2 * step)
-        assert np.isclose(slope, np.sum(grad * along), rtol=1e-6)
-
-
-def _random_layer(size):
-    layers = monotone_layers.random_layers(size, 0.5, 2)
-    return jtu.tree_map(lambda x: x[1], layers)
-
-
-def test_forward_backward_converges_up_to_its_limits_and_no_further():
-    num, kind = 3, eqlx.nn.ForwardBackward
-    layers = monotone_layers.random_layers(8, 0.5, num)
-    us = monotone_layers.injections(8, num)
-    solve = ft.partial(monotone_layers.solve, kind, layers, us, max_steps=20_000)
-    below = solve(jnp.asarray(0.95 * monotone_layers.bounds(layers)))
-    assert np.all(below.is_solved & below.is_back_solved)
-    value, gradient = monotone_layers.worst(below, layers, us)
-    # By the margin and the contraction of a few thousandths a step.
-    assert value < 1e-7
-    assert gradient < 1e-7
-    limits = monotone_layers.limits(layers, below.z)
-    assert np.all(limits > monotone_layers.bounds(layers))
-    assert np.all(solve(jnp.asarray(0.95 * limits)).is_solved)
-    assert not np.any(solve(jnp.asarray(1.05 * limits)).is_solved)
-
-
-def test_the_constructed_layer_has_a_sharp_bound():
-    layer = monotone_layers.sharp_layer(8, 0.5)
-    # L^2 = m^2 + 1, as the rotations have a singular value of one.
-    layers = jtu.tree_map(lambda x: x[None], layer)
-    bound = monotone_layers.bounds(layers)
-    assert np.isclose(bound[0], 2 * 0.5 / (0.25 + 1))
-    assert np.isclose(monotone_layers.limits(layers, jnp.ones((1, 8))), bound)
-    u = monotone_layers.all_active(layer)
-    assert np.allclose(np.maximum(layer(jnp.ones(8)) + u, 0), 1)
 
 
 def test_a_report_is_printed_and_written(tmp_path, monkeypatch, capsys):

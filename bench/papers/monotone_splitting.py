@@ -56,7 +56,8 @@ class _Case:
         for factor in FACTORS:
             outcome = solve(kind, *random, jnp.asarray(factor * self.bounds))
             self.forward[f"random, {factor} of 2 m / L^2"] = outcome
-        self.limits = limits(self.linears, outcome.z)
+        below = self.forward[f"random, {FACTORS[0]} of 2 m / L^2"]
+        self.limits = limits(self.linears, below.z)
         for factor in FACTORS:
             outcome = solve(kind, *random, jnp.asarray(factor * self.limits))
             self.forward[f"random, {factor} of the limit"] = outcome
