@@ -95,7 +95,8 @@ class Classifier(eqx.Module):
         The weight is divided by an estimate of its norm from the left singular vector
         `u`, through which the gradient goes but for the vectors, as in TorchDEQ.
         """
-        weight = self.layer.cell.weight
+        cell: Any = self.layer.cell
+        weight = cell.weight
         v = lax.stop_gradient(weight).T @ u
         norm = u @ weight @ (v / jnp.linalg.norm(v))
         where = lambda layer: (layer.cell.weight, layer.solver)
