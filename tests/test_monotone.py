@@ -193,6 +193,25 @@ def test_the_step_at_which_forward_backward_stops_converging(getkey):
         assert np.max(np.abs(sol.value - exact)) < 1e-8
 
 
+def test_an_ensemble_of_layers(getkey):
+    # Each made from its own key, in a `jax.vmap`.
+    keys = jr.split(getkey(), 3)
+    xs = jr.normal(getkey(), (3, 3))
+    layers = eqx.filter_vmap(ft.partial(_layer, splitting=eqlx.nn.PeacemanRachford()))(
+        keys
+    )
+    solve = eqx.filter_jit(eqx.filter_vmap(lambda layer, x: layer(x)))
+    found = np.asarray(solve(layers, xs))
+    for i, x in enumerate(xs):
+        a, b, weight, bias = (np.asarray(y[i]) for y in _arrays(layers))
+        w, u = _matrix(a, b, 0.5), weight @ np.asarray(x) + bias
+        # Where it is positive it solves the linear system, elsewhere it is zero.
+        is_active = found[i] > 0
+        rows = np.eye(6) - is_active[:, None] * w
+        assert np.allclose(found[i], np.linalg.solve(rows, is_active * u), atol=1e-10)
+        assert np.all((w @ found[i] + u > 0) == is_active)
+
+
 def test_peaceman_rachford_takes_at_most_a_third_of_the_steps(getkey):
     key, xs = getkey(), jr.normal(getkey(), (4, 3))
     steps = {}

@@ -1,11 +1,14 @@
 """Published figures, and ours: all reproductions one after the other.
 
-python -m bench.papers [--plots FOLDER] [--json FILE]
+python -m bench.papers [--plots FOLDER] [--json FILE] [--torch PYTHON]
 """
 
 from . import (
     anderson_is_gmres,
+    digits_methods,
     gradient_quality,
+    lipschitz_bounds,
+    monotone_splitting,
     reversible_gradient,
     safeguarded_type_i,
     squarem_poisson,
@@ -18,7 +21,10 @@ RUNS = {
     "squarem_poisson": squarem_poisson.run,
     "safeguarded_type_i": safeguarded_type_i.run,
     "gradient_quality": gradient_quality.run,
+    "monotone_splitting": monotone_splitting.run,
+    "lipschitz_bounds": lipschitz_bounds.run,
     "reversible_gradient": reversible_gradient.run,
+    "digits_methods": digits_methods.RUN,
 }
 
 

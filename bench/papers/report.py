@@ -47,6 +47,15 @@ class Report:
 
 
 Run = Callable[[Path | None], Report]
+
+
+@dataclasses.dataclass(frozen=True)
+class WithTorch:
+    """One that takes the path of an interpreter with another library, too."""
+
+    run: Callable[[Path | None, str | None], Report]
+
+
 _IS_MET = {True: "yes", False: "no", None: "-"}
 
 
@@ -72,11 +81,13 @@ def describe_report(report: Report) -> str:
     return "\n".join(parts)
 
 
-def main(runs: dict[str, Run], description: str | None) -> None:
+def main(runs: dict[str, Run | WithTorch], description: str | None) -> None:
     """The command line of one reproduction, or of several."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--plots", type=Path, help="the folder for figures")
     parser.add_argument("--json", type=Path, help="where to write all of it as JSON")
+    help = "an interpreter that has TorchDEQ, for digits_methods"
+    parser.add_argument("--torch", metavar="PYTHON", help=help)
     options = parser.parse_args()
     jax.config.update("jax_enable_x64", True)
     if options.plots is not None:
@@ -85,7 +96,10 @@ def main(runs: dict[str, Run], description: str | None) -> None:
     found: dict[str, Any] = {}
     together = [["reproduction", *_HEAD]]
     for name, run in runs.items():
-        report = run(options.plots)
+        if isinstance(run, WithTorch):
+            report = run.run(options.plots, options.torch)
+        else:
+            report = run(options.plots)
         found[name] = dataclasses.asdict(report)
         together += [[name, *_cells(claim)] for claim in report.claims]
         print(f"\n## {name}\n\n{describe_report(report)}", flush=True)

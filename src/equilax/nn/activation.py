@@ -16,7 +16,8 @@ def look_at(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Values and slopes at `points`, or an error if it isn't elementwise.
 
-    `None` if it has parameters that are traced.
+    `None` if it has parameters that are traced, or in a `jax.vmap`, which makes a layer
+    for each of several keys: there it isn't looked at.
     """
     check_callable("activation", activation, "activation(z)")
     with jax.ensure_compile_time_eval():
@@ -28,7 +29,7 @@ def look_at(
             f"`activation` must act elementwise; it maps the shape {points.shape} to "
             f"{jnp.shape(out)}."
         )
-    if isinstance(slope, Tracer):
+    if any(isinstance(x, Tracer) for x in (out, slope, alone)):
         return None
     out, slope, alone = map(np.asarray, (out, slope, alone))
     if not np.allclose(out[:1], alone, rtol=1e-3):
