@@ -83,8 +83,9 @@ def test_it_says_what_it_did_and_leaves_its_files(whole):
 @pytest.mark.skipif(os.name != "posix", reason="There is no SIGKILL.")
 @pytest.mark.slow
 def test_a_run_killed_and_resumed_ends_as_if_it_never_had_been(whole, tmp_path):
-    # When the first model is done, and amid the second, six steps after a checkpoint.
-    shutil.copy(whole.out / "equilibrium.eqx", tmp_path)
+    # Amid the second model, six steps after a checkpoint; the others are done.
+    for name in ("equilibrium", "32_layers"):
+        shutil.copy(whole.out / f"{name}.eqx", tmp_path)
     flags = (*_FLAGS, "--save-every", 10, "--out", tmp_path, "--resume")
     where = (int(signal.SIGKILL), "graph_model", "train_step", 27)
     killed = _run(*flags, signalled=where)
