@@ -114,7 +114,8 @@ def fit(target, num_steps: int) -> dict[str, np.ndarray]:
     trap = model.trap(*GUESS)
     search = optax.scale_by_backtracking_linesearch(max_backtracking_steps=20)
     optimiser = optax.lbfgs(linesearch=search)
-    opt_state, density = optimiser.init(trap), model.start(trap)
+    opt_state = optimiser.init(eqx.filter(trap, eqx.is_inexact_array))
+    density = model.start(trap)
     rows: list[dict[str, Any]] = []
     with progress_bar(num_steps, 0) as bar:
         while len(rows) < num_steps and not (rows and rows[-1]["loss"] < _ENOUGH):
