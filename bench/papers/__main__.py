@@ -6,6 +6,7 @@ python -m bench.papers [--plots FOLDER] [--json FILE]
 from . import (
     anderson_is_gmres,
     gradient_quality,
+    real_equilibrium,
     reversible_gradient,
     safeguarded_type_i,
     squarem_poisson,
@@ -19,6 +20,7 @@ RUNS = {
     "safeguarded_type_i": safeguarded_type_i.run,
     "gradient_quality": gradient_quality.run,
     "reversible_gradient": reversible_gradient.run,
+    "real_equilibrium": real_equilibrium.run,
 }
 
 
