@@ -148,7 +148,7 @@ def _claims(found: Found) -> list[Claim]:
     claims.append(Claim(what, "yes", more, bool(last > first + 0.1)))
     change = max(m["change_from_start"] for m in found["no-op"])
     claims.append(
-        Claim("change from the start, no-op", "0", f"{change:g}", change == 0)
+        Claim("change from the start, no-op", "-", f"{change:g}", change == 0)
     )
     return claims
 
