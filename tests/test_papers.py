@@ -4,11 +4,17 @@ import json
 import sys
 
 import equilax as eqlx
+import equinox as eqx
+import jax
 import jax.numpy as jnp
+import jax.random as jr
 import numpy as np
 import scipy.optimize
+import scipy.sparse.csgraph
 from bench.papers import (
     anderson_is_gmres,
+    reachability,
+    real_equilibrium,
     report,
     safeguarded_type_i,
     squarem_poisson,
@@ -103,6 +109,59 @@ def test_the_dense_algorithm_ends_on_a_linear_map():
     b = np.array([1.0, 2.0, 3.0])
     fn = lambda y: a @ y + b
     assert type_i_dense.solve(fn, np.zeros(3), 1e-9, max_steps=50) == 4
+
+
+def test_reached_is_what_is_connected_to_the_mark():
+    graphs = reachability.forests(np.random.default_rng(0), 20, 12)
+    graphs = [*zip(*graphs, strict=True), reachability.two_paths(5)]
+    for edges, marked, reached in graphs:
+        assert np.array_equal(edges, edges.T)
+        assert np.sum(marked) == 1
+        _, part = scipy.sparse.csgraph.connected_components(edges)
+        assert np.array_equal(reached, part == part[np.argmax(marked)])
+    assert np.sum(graphs[-1][2]) == 5
+
+
+def _by_hand(gain, bias, readout):
+    """One feature matters: `z = tanh(gain * z of the loudest neighbour + ...)`."""
+    model = reachability.Model(reachability.Cell(key=jr.key(0)), readout(key=jr.key(1)))
+    first = jnp.zeros(reachability.FEATURES).at[0].set(1.0)
+    cell = model.cell
+    arrays = (0 * cell.own, jnp.diag(gain * first), 8 * first, bias * first)
+    where = lambda c: (c.own, c.heard, c.injection, c.bias)
+    return eqx.tree_at(lambda m: m.cell, model, eqx.tree_at(where, cell, arrays)), first
+
+
+def test_the_signs_of_models_made_by_hand():
+    # A gain of three keeps a signal alive without a source, and hands it on from zero.
+    latch, first = _by_hand(3.0, -1.0, reachability.Readout)
+    latch = eqx.tree_at(
+        lambda m: (m.readout.weight, m.readout.bias), latch, (first, jnp.zeros(()))
+    )
+    found = real_equilibrium.measure(latch, lengths=(8,))
+    # After `k` iterations the first `k` of eight nodes know, of sixteen.
+    assert np.allclose(found["zero"][8], [12 / 16, 1, 1, 1, 1, 1, 1])
+    assert found["num_equilibria"] >= 2
+    assert found["alignment"] < 0.9
+    assert found["spread"] > 0.5
+    # A gain below one: one equilibrium, at which the signal has faded.
+    fading, _ = _by_hand(0.5, 0.0, reachability.Bypass)
+    found = real_equilibrium.measure(fading, lengths=(8,))
+    assert found["num_equilibria"] == 1
+    assert found["alignment"] > 1 - 1e-9
+    assert found["spread"] < 1e-5
+    assert found["change_from_start"] == 0
+    assert found["change_from_image"] == 0
+
+
+def test_a_few_steps_from_zero_learn_to_reach():
+    kind, num = reachability.KINDS["8 steps from zero"], []
+    with jax.numpy_dtype_promotion("standard"):  # For the sake of Optax's Adam.
+        (model,) = reachability.train(kind, range(1), 200, lambda: num.append(1))
+    assert len(num) == 200
+    edges, marked, reached = map(jnp.asarray, reachability.two_paths(4))
+    z, _ = reachability.unrolled(model.cell, (edges, marked), jr.key(0))
+    assert np.mean((model.readout(z, marked) > 0) == reached) > 0.8
 
 
 def test_a_report_is_printed_and_written(tmp_path, monkeypatch, capsys):

@@ -9,6 +9,7 @@ from . import (
     gradient_quality,
     lipschitz_bounds,
     monotone_splitting,
+    real_equilibrium,
     reversible_gradient,
     safeguarded_type_i,
     squarem_poisson,
@@ -25,6 +26,7 @@ RUNS = {
     "lipschitz_bounds": lipschitz_bounds.run,
     "reversible_gradient": reversible_gradient.run,
     "digits_methods": digits_methods.RUN,
+    "real_equilibrium": real_equilibrium.run,
 }
 
 
