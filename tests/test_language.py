@@ -99,7 +99,8 @@ def test_a_quick_run_reports_both_models_and_all_its_solves(quick):
     # Both begin with the same parameters and batches, but not with the same output.
     first = [metrics[name]["history"]["loss"][0] for name in names]
     assert 0 < abs(first[0] - first[1]) < 0.5
-    assert abs(metrics["loss_some"] - metrics["loss_some_tight"]) < 1e-2
+    assert abs(metrics["loss_usual"] - metrics["equilibrium"]["loss"]) < 1e-2
+    assert metrics["failed_tight"] == 0
     assert metrics["leak_tight"] < 1e-3
     assert len(metrics["written"]) == 200
     assert metrics["written"] in quick.stdout
