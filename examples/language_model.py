@@ -13,7 +13,11 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 TOLERANCE = 1e-2
 MAX_STEPS = 40
-NUM_TERMS = 3  # Of the Neumann series that the gradient is.
+# Of the Neumann series that is taken for the gradient. It is a rough one, but in short
+# trials it trained no worse than the exact one, in half the time.
+NUM_TERMS = 3
+# Of the Jacobian, and of parameters below: they keep the equilibrium from being lost,
+# as does a learning rate that is lower than a single block would bear.
 PENALTY = 0.01
 _NUM_PENALISED = 8  # Windows of a batch.
 LEARNING_RATE = 4e-3

@@ -95,7 +95,7 @@ def _figures(run: Run, seen: dict[str, np.ndarray], size: int) -> dict[str, Any]
             "evaluations": float(np.mean(forward)) + 2,
             "products": float(np.mean(backward)) + 1,
         }
-    return {
+    figures = {
         "steps": run.step,
         "loss": float(np.mean(seen["losses"])),
         "training_loss": float(np.mean(history["loss"][end])),
@@ -115,6 +115,7 @@ def _figures(run: Run, seen: dict[str, np.ndarray], size: int) -> dict[str, Any]
         "held_out_windows": len(seen["steps"]),
         "spectral_radius": float(history["spectral_radius"][-1]),
     }
+    return {k: _or_none(v) if isinstance(v, float) else v for k, v in figures.items()}
 
 
 def comparison(metrics: dict[str, Any], names: list[str]) -> str:
@@ -124,9 +125,9 @@ def comparison(metrics: dict[str, Any], names: list[str]) -> str:
         "held-out loss, bits a character": lambda m: f"{m['loss'] / math.log(2):.4f}",
         "training loss at the end": lambda m: f"{m['training_loss']:.4f}",
         "steps of the optimiser": lambda m: f"{m['steps']:,}",
-        "evaluations of the cell a window": lambda m: f"{m['evaluations']:.1f}",
-        "products with its Jacobian": lambda m: f"{m['products']:.1f}",
-        "seconds": lambda m: f"{m['seconds']:.0f}",
+        "evaluations of the cell, mean": lambda m: f"{m['evaluations']:.1f}",
+        "products with its Jacobian, mean": lambda m: f"{m['products']:.1f}",
+        "seconds, with compilation": lambda m: f"{m['seconds']:.0f}",
     }
     lines = [f"{'':<32}" + "".join(f"  {name:>11}" for name in names)]
     for label, cell in rows.items():
