@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
 
 TOLERANCE = 1e-2
 MAX_STEPS = 40
-# Of the Neumann series that is taken for the gradient. It is a rough one, but in a trial
-# of 300 steps it trained no worse than the exact one, in 0.6 of the processor time.
+# Of the Neumann series that is taken for the gradient. It is rough, but in a trial of
+# 300 steps it trained no worse than the exact one, in 0.6 of the processor time.
 NUM_TERMS = 3
 # Of the Jacobian, and of parameters below: they keep the equilibrium from being lost,
 # as does a learning rate that is lower than a single block would bear.
