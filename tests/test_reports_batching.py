@@ -20,9 +20,16 @@ _LEAN = eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(_PICARD))
 _affine = lambda y, p: p[0] * y + p[1]
 
 
-def _solve(rate, shift, **kwargs):
-    kwargs = dict(max_steps=400, adjoint=_LEAN, throw=False) | kwargs
-    return eqlx.fixed_point(_affine, _PICARD, jnp.zeros(()), (rate, shift), **kwargs)
+def _solve(rate, shift, adjoint=_LEAN):
+    return eqlx.fixed_point(
+        _affine,
+        _PICARD,
+        jnp.zeros(()),
+        (rate, shift),
+        max_steps=400,
+        adjoint=adjoint,
+        throw=False,
+    )
 
 
 @pytest.mark.parametrize("name", list(every_solver(0.0, 0.0)))

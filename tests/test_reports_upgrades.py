@@ -10,7 +10,7 @@ import equilax_kernels
 import pytest
 
 
-_ROOTS = [Path(module.__file__).parent for module in (equilax, equilax_kernels)]
+_ROOTS = [Path(equilax.__file__).parent, Path(equilax_kernels.__file__).parent]
 _FILES = sorted(path for root in _ROOTS for path in root.rglob("*.py"))
 # Private, deprecated, or gone from a later version.
 _GONE = (

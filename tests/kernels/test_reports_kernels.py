@@ -108,8 +108,8 @@ def test_our_kernel_by_one_of_its_inputs_in_a_grid_of_two_tiles(getkey, on_tpu, 
         args = (inputs[0], inputs[1], x)
         z = newton(fn, jnp.zeros(3), args)
         parts.append([d.sum(0) for d in dense_sensitivity(fn, z, args)])
-    dense = [sum(p[0] for p in parts), sum(p[1] for p in parts)]
-    dense.append(np.stack([p[2] for p in parts]))
+    by_input = [np.stack([p[k] for p in parts]) for k in range(3)]
+    dense = [by_input[0].sum(0), by_input[1].sum(0), by_input[2]]
     some = tuple(inputs[k] for k in which)
     every = tuple(range(len(which)))
     grads = jax.jit(jax.grad(of_some, every))(*some)
