@@ -85,17 +85,6 @@ def _solve(s: Structure, args, y0, rtol, atol) -> eqlx.Solution:
     )
 
 
-def _outputs(s: Structure, sol: eqlx.Solution) -> dict[str, Any]:
-    names = ("successful", "max_steps_reached", "nonfinite", "divergence", "stagnation")
-    is_one = jnp.stack([sol.result == getattr(eqlx.RESULTS, name) for name in names])
-    return {
-        "value": s.kind.flat(sol.value),
-        "result": jnp.where(jnp.any(is_one), jnp.argmax(is_one), -1),
-        "residual": sol.stats["residual"],
-        "num_steps": sol.stats["num_steps"],
-    }
-
-
 RESULT_NAMES = (
     "successful",
     "max_steps_reached",
@@ -103,6 +92,17 @@ RESULT_NAMES = (
     "divergence",
     "stagnation",
 )
+
+
+def _outputs(s: Structure, sol: eqlx.Solution) -> dict[str, Any]:
+    results = [getattr(eqlx.RESULTS, name) for name in RESULT_NAMES]
+    is_one = jnp.stack([sol.result == result for result in results])
+    return {
+        "value": s.kind.flat(sol.value),
+        "result": jnp.where(jnp.any(is_one), jnp.argmax(is_one), -1),
+        "residual": sol.stats["residual"],
+        "num_steps": sol.stats["num_steps"],
+    }
 
 
 def _loss(s: Structure, inexact, places, ct, rtol, atol):
@@ -126,9 +126,7 @@ def compiled(s: Structure):
     if s.nest == "checkpoint":
         loss = jax.checkpoint(loss)
 
-    def one(inexact, *rest):
-        grads, out = jax.grad(loss, has_aux=True)(inexact, *rest)
-        return grads, out
+    one = jax.grad(loss, has_aux=True)
 
     def total(inexact, *rest):
         losses, out = jax.vmap(loss)(inexact, *rest)
@@ -152,6 +150,12 @@ def compiled(s: Structure):
         specs = dict(in_specs=P("b"), out_specs=P("b"))
         return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
     return jax.jit(jax.vmap(one))
+
+
+@ft.cache
+def lone(s: Structure):
+    """As `compiled`, of a sample by itself."""
+    return jax.jit(jax.grad(ft.partial(_loss, s), has_aux=True))
 
 
 def _joined(tree):
