@@ -97,17 +97,17 @@ def draw(kind: Kind, rng: np.random.Generator, gain: float, scale: float) -> Map
     return Map(kind, weights, places, cast(scale * normal(n)))
 
 
-def _matrix(kind: Kind, weights, places):
+def _matrix(kind: Kind, weights, places) -> Any:
     out = np.zeros((kind.size, kind.size), weights.dtype)
     np.add.at(out, tuple(places), weights)
     return out
 
 
-def wide(kind: Kind, a):
+def wide(kind: Kind, a) -> Any:
     return np.asarray(a).astype(complex if kind.is_complex else float)
 
 
-def to_real(kind: Kind, a):
+def to_real(kind: Kind, a) -> Any:
     """A vector of real numbers, with twice as many for complex ones."""
     a = wide(kind, a)
     return np.concatenate([a.real, a.imag]) if kind.is_complex else a
@@ -188,4 +188,6 @@ class Truth:
 
 def as_batch(problems: list[Map]):
     """The `args` of all, stacked."""
-    return jax.tree.map(lambda *a: jnp.asarray(np.stack(a)), *[p.args for p in problems])
+    return jax.tree.map(
+        lambda *a: jnp.asarray(np.stack(a)), *[p.args for p in problems]
+    )

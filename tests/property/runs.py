@@ -147,8 +147,9 @@ def compiled(s: Structure):
         return jax.jit(eqlx.sharding.shard_vmap(one, mesh, "b"))
     if s.nest == "shard_map":
         local = jax.vmap(one)
-        specs = dict(in_specs=P("b"), out_specs=P("b"))
-        return jax.jit(jax.shard_map(local, mesh=mesh, **specs))
+        return jax.jit(
+            jax.shard_map(local, mesh=mesh, in_specs=P("b"), out_specs=P("b"))
+        )
     return jax.jit(jax.vmap(one))
 
 
@@ -159,7 +160,9 @@ def lone(s: Structure):
 
 
 def _joined(tree):
-    return jax.tree.map(lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree)
+    return jax.tree.map(
+        lambda a: a.reshape(a.shape[0] * a.shape[1], *a.shape[2:]), tree
+    )
 
 
 @ft.cache

@@ -123,14 +123,10 @@ def test_problems_of_any_scale(s, seed, gain, scale, start, of_ct, is_relative):
 @examples(24, 0.05)
 def test_numbers_that_are_none(s, seed, field, odd):
     w, b, y0, ct = _problem(s, seed, 0.5)
-    given = dict(w=w, b=b, y0=y0, ct=ct, rtol=1e-4, atol=1e-4)
-    if field in ("rtol", "atol"):
-        given[field] = odd
-    else:
-        given[field] = given[field].copy()
-        given[field].flat[seed % given[field].size] = odd
-    grads, value, name, residual, steps = _run(s, **given)
-    given = {k: np.asarray(np.asarray(v, s.dtype), float) for k, v in given.items()}
+    arrays = dict(w=w, b=b, y0=y0, ct=ct, rtol=np.array(1e-4), atol=np.array(1e-4))
+    arrays[field].flat[seed % arrays[field].size] = odd
+    grads, value, name, residual, steps = _run(s, **arrays)
+    given = {k: np.asarray(np.asarray(v, s.dtype), float) for k, v in arrays.items()}
     with np.errstate(all="ignore"):
         moved = np.abs(given["w"] @ value + given["b"] - value)
         tolerance = given["atol"] + given["rtol"] * np.abs(value)

@@ -12,7 +12,16 @@ from hypothesis import given
 from .checks import check_status, check_value, Derivative
 from .maps import as_batch, draw, Truth
 from .profile import choose, examples
-from .runs import ADJOINTS, BATCH, BATCHINGS, compiled, forward, NESTS, SOLVERS, structure
+from .runs import (
+    ADJOINTS,
+    BATCH,
+    BATCHINGS,
+    compiled,
+    forward,
+    NESTS,
+    SOLVERS,
+    structure,
+)
 
 
 _FIELDS = {
