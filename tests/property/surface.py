@@ -178,7 +178,7 @@ def towards_two(y, args):
 _y = jnp.zeros(3, jnp.float32)
 _sol = eqlx.fixed_point(towards_two, _solver, _y)
 _mesh = jax.make_mesh((1,), ("b",), axis_types=(jax.sharding.AxisType.Auto,))
-_layer = nn.FixedPointLayer(lambda z, x: 0.5 * z + x, _solver)
+_layer = nn.FixedPointLayer(towards_two, _solver)
 
 
 def shard_vmapped(fn, mesh, axis_name, in_axes):

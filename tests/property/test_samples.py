@@ -28,7 +28,7 @@ _FIELDS = {
     "nest": ("vmap_of_grad", "grad_of_vmap", "vmap_of_vmap", "shard_map"),
     "max_steps": (256, 256, 6),
 }
-_STRUCTURES = [structure(row) for row in choose(_FIELDS, 8, 60)]
+_STRUCTURES = [structure(row) for row in choose(_FIELDS, 5, 40)]
 _OTHERS = {
     "nan input": dict(x=np.nan),
     "infinite input": dict(x=np.inf),
