@@ -22,6 +22,7 @@ BATCHINGS = {
     "vmapped": eqlx.Vmapped(),
 }
 NEUMANN_TERMS = 3
+UP_TO = 40
 ADJOINTS = {
     "default": eqlx.ImplicitAdjoint(),
     "fixed_point": eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver()),
@@ -67,7 +68,7 @@ def make_solver(name: str, rtol, atol) -> eqlx.AbstractFixedPointSolver:
     others = {
         "aitken": eqlx.Aitken(rtol, atol),
         "squarem": eqlx.Squarem(rtol, atol),
-        "up_to": eqlx.UpTo(eqlx.Anderson(rtol, atol), 40),
+        "up_to": eqlx.UpTo(eqlx.Anderson(rtol, atol), UP_TO),
     }
     return (every_solver(rtol, atol) | others)[name]
 

@@ -65,10 +65,11 @@ def _row(tree, i):
     return {k: v[i] for k, v in tree.items()}
 
 
+# Each structure has its turn.
+@pytest.mark.parametrize("s", _STRUCTURES, ids=repr)
 @given(st.data())
-@examples(24, 0.7)
-def test_values_statuses_and_gradients(data):
-    s = data.draw(st.sampled_from(_STRUCTURES))
+@examples(4, 0.7 / len(_STRUCTURES))
+def test_values_statuses_and_gradients(s, data):
     maps, y0, cts, rtol, atol = data.draw(batches(s.kind))
     weights, places, x = as_batch(maps)
     inexact = (weights, x, jnp.asarray(y0))
@@ -88,10 +89,10 @@ def test_values_statuses_and_gradients(data):
             Derivative(s, truth, row["value"], rtol, atol).check_gradient(cts[i], grad)
 
 
+@pytest.mark.parametrize("s", _FORWARD, ids=repr)
 @given(st.data())
-@examples(8, 0.1)
-def test_forward_mode(data):
-    s = data.draw(st.sampled_from(_FORWARD))
+@examples(3, 0.1 / len(_FORWARD))
+def test_forward_mode(s, data):
     maps, y0, directions, rtol, atol = data.draw(batches(s.kind))
     weights, places, x = as_batch(maps)
     tangents = (weights, jnp.asarray(directions))
