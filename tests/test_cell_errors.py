@@ -76,7 +76,7 @@ def test_wrong_transformer_cells(getkey):
             "`position` .* 4 and float64; got 6",
         ),
         (lambda: new(8, 2, position=True), "`position` must be an instance of"),
-        (lambda: new(8, 2, dropout=1.0), r"`p` must be in \[0, 1\); got 1.0"),
+        (lambda: new(8, 2, dropout=1.0), r"`dropout` .* \[0, 1\); got 1.0"),
         (lambda: new(8, 2, dtype=jnp.int8), "`dtype` .* got int8"),
     ):
         with pytest.raises((ValueError, TypeError), match=message):

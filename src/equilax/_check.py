@@ -56,15 +56,23 @@ def _is_readable(value: Any) -> bool:
     return isinstance(value, (int, float, np.number, np.ndarray))
 
 
+def check_real(name: str, value: Any):
+    """Refuse what is not one real number: a truth value, say, or a vector."""
+    is_real = isinstance(value, (int, float)) and not isinstance(value, bool)
+    dtype = getattr(value, "dtype", None)
+    if dtype is not None and eqx.is_array_like(value):
+        is_real = any(jnp.issubdtype(dtype, k) for k in (jnp.floating, jnp.integer))
+    if not is_real:
+        raise TypeError(f"`{name}` must be a real number; got {value!r}.")
+    if np.shape(value) != ():
+        raise ValueError(
+            f"`{name}` must be one number; got one of shape {np.shape(value)}."
+        )
+
+
 def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):
     """Refuse tolerances that are negative or no numbers, where they can be read."""
     for name, value in (("rtol", rtol), ("atol", atol)):
-        if isinstance(value, (bool, str)) or value is None:
-            raise TypeError(f"`{name}` must be a real number; got {value!r}.")
-        if np.shape(value) != ():
-            raise ValueError(
-                f"`{name}` must be one number; got one of shape {np.shape(value)}."
-            )
         check_nonnegative(name, value)
 
 
@@ -94,30 +102,28 @@ def check_norm(norm: Any, axis_name: AxisName):
 
 def check_nonnegative(name: str, value: RealScalarLike):
     """Refuse a negative number, where it can be read."""
+    check_real(name, value)
     if _is_readable(value) and not value >= 0:
         raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def check_at_least(name: str, value: RealScalarLike, least: float):
     """Refuse a number below `least`, where it can be read."""
+    check_real(name, value)
     if _is_readable(value) and not value >= least:
         raise ValueError(f"`{name}` must be at least {least}; got {value}.")
 
 
 def check_fraction(name: str, value: RealScalarLike):
     """Refuse a damping outside [0, 1), where it can be read."""
+    check_real(name, value)
     if _is_readable(value) and not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
 
 
 def check_positive(name: str, value: RealScalarLike):
     """Refuse what is no positive and finite number, where it can be read."""
-    if isinstance(value, (bool, str)) or not eqx.is_array_like(value):
-        raise TypeError(f"`{name}` must be a positive number; got {value!r}.")
-    if np.shape(value) != ():
-        raise ValueError(
-            f"`{name}` must be one number; got one of shape {np.shape(value)}."
-        )
+    check_real(name, value)
     if _is_readable(value) and not 0 < value < np.inf:
         raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 

@@ -6,10 +6,11 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_callable, check_integer
+from .._check import check_callable, check_integer, check_key
 from .._dtype import promote
 from .._fused import AbstractFusedCell
 from .affine_map import AffineMap
+from .initial import parameter_dtype
 
 
 class AffineCell(eqx.Module):
@@ -50,7 +51,8 @@ class AffineCell(eqx.Module):
         for name, size in (("in_features", in_features), ("features", features)):
             check_integer(name, size, 1)
         check_callable("activation", activation, "activation(z)")
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
         w_key, u_key = jr.split(key)
         # A normal matrix of deviation s has a spectral norm of about 2 s sqrt(n).
         scale = jnp.asarray(0.4 / features**0.5, dtype)

@@ -6,9 +6,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_integer, check_number
+from .._check import check_integer, check_key, check_number
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
+from .initial import parameter_dtype
 from .norm_bound import norm_bound
 from .parametrisation import AbstractParametrisation
 
@@ -105,12 +106,13 @@ class ContractiveLinear(AbstractParametrisation):
         check_number("bound", bound)
         if not 0 < bound < 1:
             raise ValueError(f"`bound` must be in (0, 1); got {bound}.")
-        if axis not in (0, 1, None):
+        if not (axis is None or (isinstance(axis, int) and axis in (0, 1))):
             raise ValueError(
                 "`axis` must be 1, for rows, 0, for columns, or None, for the "
                 f"two-norm; got {axis!r}."
             )
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
         # Absolute values sum to about the bound, so that half of the rows are inside. A
         # normal matrix of deviation s has a spectral norm of about 2 s sqrt(n).
         scale = 0.45 * bound / features**0.5

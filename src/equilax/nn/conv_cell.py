@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_callable, check_integer
+from .._check import check_callable, check_integer, check_key
 from .initial import parameter_dtype
 from .residual_block import check_groups, conv, group_norm, ResidualBlock
 from .sample import check_dtype, check_shape
@@ -66,6 +66,7 @@ class ConvCell(eqx.Module):
             check_integer(name, size, 1)
         check_groups(groups, channels)
         check_callable("activation", activation, "activation(z)")
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         x_key, z_key = jr.split(key)
         self.injection = conv(in_channels, channels, 3, dtype=dtype, key=x_key)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
-from .._check import check_callable, check_integer
+from .._check import check_callable, check_integer, check_key
 from .adjacency import check_adjacency
 from .initial import parameter_dtype, with_norm
 from .sample import check_dtype, check_shape
@@ -63,6 +63,7 @@ class GraphCell(eqx.Module):
         for name, size in (("in_features", in_features), ("features", features)):
             check_integer(name, size, 1)
         check_callable("activation", activation, "activation(z)")
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         z_key, x_key = jr.split(key)
         linear = eqx.nn.Linear

@@ -4,7 +4,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_integer
+from .._check import check_integer, check_key
 from .initial import new_norm, parameter_dtype
 from .sample import check_dtype, check_shape
 
@@ -53,6 +53,7 @@ class GRUCell(eqx.Module):
         """
         for name, size in (("in_features", in_features), ("features", features)):
             check_integer(name, size, 1)
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         gru = eqx.nn.GRUCell(in_features, features, dtype=dtype, key=key)
         scale = jnp.asarray(0.8 / new_norm(features, features), dtype)

@@ -12,7 +12,14 @@ _Layer = TypeVar("_Layer", eqx.nn.Linear, eqx.nn.Conv2d)
 
 def parameter_dtype(dtype: Any) -> Any:
     """The dtype that was asked for, or JAX's float."""
-    dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+    if dtype is None:
+        return jnp.zeros((), float).dtype
+    if eqx.is_array_like(dtype):
+        raise TypeError(f"`dtype` must be a dtype; got the array {dtype!r}.")
+    try:
+        dtype = jnp.dtype(dtype)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"`dtype` must be a dtype; got {dtype!r}.") from error
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"`dtype` must be a floating-point dtype; got {dtype}.")
     return dtype

@@ -9,11 +9,12 @@ from jaxtyping import Array, Float, PRNGKeyArray, PyTree
 
 from .._adjoint import AbstractAdjoint, AdjointMonitor, ImplicitAdjoint
 from .._batching import AbstractBatching, Staged
-from .._check import check_integer, check_number, check_positive
+from .._check import check_integer, check_key, check_number, check_positive
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 from .._solution import Solution
 from .._solver import AbstractFixedPointSolver
+from .initial import parameter_dtype
 from .monotone_map import DenseMap
 from .monotone_solve import MonotoneSolve
 from .splitting import AbstractSplitting
@@ -106,7 +107,8 @@ class LipschitzBoundedLayer(eqx.Module):
             splitting, solver, activation, adjoint, batching, max_steps, throw
         )
         self.how.check()
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
 
         def normal(key, rows, columns, scale):
             scale = jnp.asarray(scale / columns**0.5, dtype)

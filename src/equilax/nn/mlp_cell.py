@@ -5,7 +5,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_callable, check_integer
+from .._check import check_callable, check_integer, check_key
 from .initial import new_norm, parameter_dtype
 from .sample import check_dtype, check_shape
 
@@ -53,21 +53,24 @@ class MLPCell(eqx.Module):
         sizes = {"in_features": in_features, "features": features, "width": width}
         for name, size in (sizes | {"depth": depth}).items():
             check_integer(name, size, 1)
+        # Numbers of NumPy's would have a dtype in what is computed from them.
+        in_features, features, width = int(in_features), int(features), int(width)
         check_callable("activation", activation, "activation(z)")
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         both = features + in_features
         mlp = eqx.nn.MLP(
             both,
             features,
             width,
-            depth,
+            int(depth),
             activation,
             dtype=dtype,
             key=key,
         )
         # Of the first matrix the fan-in is both sizes, but the columns only some.
         first = new_norm(features, width) * (features / both) ** 0.5
-        product = first * new_norm(width, width) ** (depth - 1)
+        product = first * new_norm(width, width) ** (int(depth) - 1)
         product *= new_norm(width, features)
         scale = jnp.ones((1, both), dtype).at[:, :features].set(0.8 / product)
         self.mlp = eqx.tree_at(

@@ -5,9 +5,10 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_integer, check_number, check_positive
+from .._check import check_integer, check_key, check_number, check_positive
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
+from .initial import parameter_dtype
 from .monotone_linear import AbstractMonotoneLinear
 from .monotone_map import FourierMap
 
@@ -55,7 +56,8 @@ class MonotoneConv(AbstractMonotoneLinear):
         check_integer("kernel_size", kernel_size, 1)
         check_number("margin", margin)
         check_positive("margin", margin)
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
         shape = (channels, channels, kernel_size, kernel_size)
         scale = jnp.asarray(0.5 / (channels**0.5 * kernel_size), dtype)
         a_key, b_key = jr.split(key)

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_integer, check_number, check_positive
+from .._check import check_integer, check_key, check_number, check_positive
 from .._custom_types import RealScalarLike
+from .initial import parameter_dtype
 from .monotone_map import AbstractMonotoneMap, DenseMap
 
 
@@ -62,7 +63,8 @@ class MonotoneLinear(AbstractMonotoneLinear):
         check_integer("features", features, 1)
         check_number("margin", margin)
         check_positive("margin", margin)
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
         scale = jnp.asarray(0.5 / features**0.5, dtype)
         a_key, b_key = jr.split(key)
         # Spectral norms of about one for A, and of 1.4 for B - B^T.

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_callable, check_integer
+from .._check import check_callable, check_instance, check_integer, check_key
 from .fusion import Fusion
 from .initial import parameter_dtype
 from .residual_block import check_groups, conv, group_norm, ResidualBlock
@@ -74,6 +74,7 @@ class MultiscaleCell(eqx.Module):
         check_integer("groups", groups, 1)
         channels = _check_channels(channels, groups)
         check_callable("activation", activation, "activation(z)")
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         num, of_scale = len(channels), list(enumerate(channels))
         x_keys, z_keys, f_keys = jr.split(key, (3, num))
@@ -161,6 +162,7 @@ class MultiscaleCell(eqx.Module):
 
 
 def _check_channels(channels: Sequence[int], groups: int) -> tuple[int, ...]:
+    check_instance("channels", channels, Sequence)
     channels = tuple(channels)
     if not channels:
         raise ValueError("`channels` must have a number for each resolution; got none.")

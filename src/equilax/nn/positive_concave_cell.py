@@ -8,12 +8,13 @@ import jax.random as jr
 import numpy as np
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_integer, check_number, check_positive
+from .._check import check_integer, check_key, check_number, check_positive
 from .._custom_types import RealScalarLike
 from .._dtype import promote
 from .._fused import AbstractFusedCell
 from .activation import look_at
 from .affine_map import AffineMap
+from .initial import parameter_dtype
 
 
 _POINTS = np.array([*np.linspace(0.03, 8.05, 97), 1e2, 1e4, 1e6])
@@ -93,7 +94,8 @@ class PositiveConcaveCell(eqx.Module):
         _check_concave(activation)
         check_number("floor", floor)
         check_positive("floor", floor)
-        dtype = jnp.zeros((), float).dtype if dtype is None else jnp.dtype(dtype)
+        check_key("key", key)
+        dtype = parameter_dtype(dtype)
         w_key, u_key = jr.split(key)
         # Rows of absolute values that sum to about 0.8.
         scale = jnp.asarray(1 / features, dtype)

@@ -4,7 +4,13 @@ import jax.random as jr
 from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
-from .._check import check_integer, check_number, check_positive
+from .._check import (
+    check_instance,
+    check_integer,
+    check_key,
+    check_number,
+    check_positive,
+)
 from .._custom_types import RealScalarLike
 from .._dtype import at_least_single
 from .parametrisation import AbstractStatefulParametrisation
@@ -73,6 +79,8 @@ class SpectralNorm(AbstractStatefulParametrisation):
         check_number("bound", bound)
         check_positive("bound", bound)
         check_integer("num_iterations", num_iterations, 1)
+        check_instance("inference", inference, bool)
+        check_key("key", key)
         u = jr.normal(key, (len(matrix),), matrix.dtype)
         self.weight = weight
         self.index = eqx.nn.StateIndex(_iterate(matrix, u, _NUM_AT_START))

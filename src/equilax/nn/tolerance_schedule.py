@@ -2,7 +2,7 @@ import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Scalar
 
-from .._check import check_integer
+from .._check import check_integer, check_number, check_positive
 from .._custom_types import IntScalar
 
 
@@ -24,8 +24,8 @@ class ToleranceSchedule(eqx.Module):
 
     def __check_init__(self):
         for name, value in (("first", self.first), ("last", self.last)):
-            if not 0 < value < float("inf"):
-                raise ValueError(f"`{name}` must be positive; got {value}.")
+            check_number(name, value)
+            check_positive(name, value)
         check_integer("num_steps", self.num_steps, 1)
 
     def __call__(self, step: IntScalar | int) -> Scalar:

@@ -7,7 +7,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import Array, Bool, Float, PRNGKeyArray
 
-from .._check import check_callable, check_instance, check_integer
+from .._check import (
+    check_callable,
+    check_fraction,
+    check_instance,
+    check_integer,
+    check_key,
+)
 from .initial import parameter_dtype, with_norm
 from .sample import check_dtype, check_shape
 from .variational_dropout import VariationalDropout
@@ -100,6 +106,8 @@ class TransformerCell(eqx.Module):
         check_callable("activation", activation, "activation(z)")
         check_instance("causal", causal, bool)
         check_instance("pre_norm", pre_norm, bool)
+        check_fraction("dropout", dropout)
+        check_key("key", key)
         dtype = parameter_dtype(dtype)
         _check_heads(num_heads, features, position, dtype)
         x_key, a_key, h_key, o_key = jr.split(key, 4)

@@ -1,8 +1,10 @@
+from collections.abc import Sequence
+
 import equinox as eqx
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from .._check import check_fraction
+from .._check import check_fraction, check_instance
 
 
 class VariationalDropout(eqx.Module):
@@ -33,6 +35,10 @@ class VariationalDropout(eqx.Module):
         - `inference`: Whether to drop nothing.
         """
         check_fraction("p", p)
+        check_instance("axes", axes, Sequence)
+        for axis in axes:
+            check_instance("axes", axis, int)
+        check_instance("inference", inference, bool)
         self.dropout = eqx.nn.Dropout(p, inference)
         self.axes = tuple(axes)
 
