@@ -184,7 +184,8 @@ def _row(weight: float, runs: list[dict[str, np.ndarray]], first: float) -> str:
         f"({1 - ends['forward'].mean() / first:.0%} fewer) | "
         f"{ends['backward'].mean():.1f} | {ends['held_out_steps'].mean():.1f} | "
         f"{accuracy.mean():.1f}% ({accuracy.min():.1f} to {accuracy.max():.1f}) | "
-        f"{ends['radius'].mean():.2f} | {100 * failed:.2g}% | {ends['loss'].mean():.3f} |"
+        f"{ends['radius'].mean():.2f} | {100 * failed:.2g}% | "
+        f"{ends['loss'].mean():.3f} |"
     )
 
 

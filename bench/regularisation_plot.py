@@ -28,6 +28,9 @@ def plot(
 
     - `found`: By weight of the penalty and seed, the history.
     """
+    first = next(iter(found.values()))
+    num_epochs = len(first[0]["loss"])
+    epochs = np.arange(1, num_epochs + 1)
     figure = Figure(figsize=(9.5, 7), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.subplots(2, 2, sharex=True)
@@ -36,13 +39,12 @@ def plot(
     ):
         for i, (weight, runs) in enumerate(found.items()):
             values = scale * np.stack([history[name] for history in runs])
-            epochs = np.arange(1, values.shape[1] + 1)
             colour = _COLOURS[i % len(_COLOURS)]
             legend = f"penalty times {weight:g}" if weight else "no penalty"
             ax.plot(epochs, np.mean(values, axis=0), color=colour, label=legend)
             low, high = np.min(values, axis=0), np.max(values, axis=0)
             ax.fill_between(epochs, low, high, color=colour, alpha=0.2, lw=0)
-        ax.set(title=panel, ylabel=label, xlim=(1, values.shape[1]))
+        ax.set(title=panel, ylabel=label, xlim=(1, num_epochs))
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         ax.grid(alpha=0.25)
         ax.spines[["top", "right"]].set_visible(False)
@@ -53,8 +55,7 @@ def plot(
     for ax in axes[1]:
         ax.set_xlabel("epoch")
     axes[0, 0].legend(frameon=False)
-    num = len(next(iter(found.values())))
-    figure.suptitle(f"{title}: means and ranges of {num} seeds")
+    figure.suptitle(f"{title}: means and ranges of {len(first)} seeds")
     drawn = io.BytesIO()
     figure.savefig(drawn, dpi=100)
     # With a palette it takes a third of the space.

@@ -15,13 +15,10 @@ pytest.importorskip("tqdm")
 from bench import regularisation
 
 
-_SIZES = {"epochs": 5, "features": 24}
-
-
 @pytest.fixture(scope="module")
 def runs():
     data = regularisation.load_data()
-    run = lambda weight: regularisation.run(weight, 0, data=data, **_SIZES)
+    run = lambda weight: regularisation.run(weight, 0, data=data, epochs=5, features=24)
     with jax.numpy_dtype_promotion("standard"):  # Optax promotes.
         found = {weight: run(weight) for weight in (0.0, 4.0)}
     return data, found
