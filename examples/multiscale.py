@@ -10,11 +10,11 @@ Jacobian keeps the solves short. The model is in `multiscale_model.py`.
 import argparse
 import functools as ft
 import math
+from typing import Any
 
 import jax.numpy as jnp
 import jax.random as jr
 import multiscale_model
-import numpy as np
 import training
 from command_line import integer
 from digits_data import batches, load_data
@@ -74,7 +74,7 @@ def run_all(args: argparse.Namespace) -> None:
         return list(batches(images, labels, _BATCH, args.seed, epoch))
 
     def step(model, opt_state, i):
-        batch = of_epoch(i // per_epoch)[i % per_epoch]
+        batch: Any = [jnp.asarray(x) for x in of_epoch(i // per_epoch)[i % per_epoch]]
         key = jr.fold_in(jr.key(args.seed), i)
         grads, row = multiscale_model.gradients(model, *batch, penalty, key)
         return *multiscale_model.update(model, opt_state, grads, optimiser), row
@@ -89,8 +89,7 @@ def run_all(args: argparse.Namespace) -> None:
         assess_every=per_epoch,
         show=_show,
     )
-    few = (np.reshape(images[:8], (8, 64)), labels[:8])
-    finish(run, config, held_out, few, batch_size=_BATCH, out=args.out)
+    finish(run, config, held_out, batch_size=_BATCH, out=args.out)
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import checkpoint
 import equinox as eqx
 import jax
+import jax.numpy as jnp
 import numpy as np
 from figures import (
     BLUE,
@@ -27,6 +28,7 @@ from training import Run
 
 
 _NUM_LAST = 20  # Steps of training, of which the backward solves are.
+_NUM_CHECKED = 8  # Held-out images that the gradient is checked on.
 _NUM_TRACES = 64
 _NUM_DIGITS = 5
 _NUM_CHANNELS = 4
@@ -36,21 +38,17 @@ def finish(
     run: Run,
     config: dict[str, Any],
     held_out: list[np.ndarray],
-    few: tuple[np.ndarray, np.ndarray],
     *,
     batch_size: int,
     out: Path,
 ) -> None:
-    """Measure the model, print the table, write `final.eqx`, the metrics, the figure.
-
-    **Arguments:**
-
-    - `few`: Images and labels that the gradient is checked on.
-    """
+    """Measure the model, print the table, write the parameters, metrics, figure."""
     model, history = run.model, run.history
-    aux = jax.device_get(assess(model, *held_out))
+    aux = jax.device_get(assess(model, *map(jnp.asarray, held_out)))
     parameters = checkpoint.serialise(model)
     arrays = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
+    few = [x[:_NUM_CHECKED] for x in (*held_out, *aux["z"])]
+    error = gradient_error(model, few[0], few[1], tuple(few[2:]), batch_size=batch_size)
     last = {k: v[-_NUM_LAST:] for k, v in history.items()}
     assessed = np.sum(np.isfinite(history["accuracy"]))
     metrics = {
@@ -67,7 +65,7 @@ def finish(
         "failed_forward": int(np.sum(history["forward_failed"]))
         + int(np.nansum(history["failed"])),
         "failed_backward": int(np.sum(history["backward_failed"])),
-        "gradient_error": gradient_error(model, *few, batch_size=batch_size),
+        "gradient_error": _or_none(error),
         "jacobian": float(np.mean(last["jacobian"])),
         "seconds": run.seconds,
         "sha256": hashlib.sha256(parameters).hexdigest(),
@@ -77,8 +75,9 @@ def finish(
     checkpoint.replace_file(out / "final.eqx", parameters)
     text = json.dumps(metrics, indent=1)
     checkpoint.replace_file(out / "metrics.json", text.encode())
-    save_figure(out / "multiscale.png", _figure(metrics, history, aux, held_out[0]))
-    print(f"\n{_table(metrics, len(few[1]))}\n")
+    figure = _figure(metrics, history, aux, held_out[0])
+    save_figure(out / "multiscale.png", figure, dpi=105)
+    print(f"\n{_table(metrics)}\n")
     print(f"sha256 of the parameters  {metrics['sha256']}")
     print(f"In {out}: final.eqx, metrics.json, multiscale.png")
 
@@ -88,9 +87,9 @@ def _or_none(x: float) -> float | None:
     return float(x) if math.isfinite(x) else None
 
 
-def _table(m: dict[str, Any], num_few: int) -> str:
+def _table(m: dict[str, Any]) -> str:
     right = f"{m['num_correct']} of {m['num_held_out']} images"
-    when = f"  (last {_NUM_LAST} batches of training)"
+    error, when = m["gradient_error"], f"  (last {_NUM_LAST} batches of training)"
     rows = {
         "parameters": f"{m['parameters']:,}",
         "held-out accuracy": f"{m['accuracy']:.2%}  ({right})",
@@ -102,8 +101,8 @@ def _table(m: dict[str, Any], num_few: int) -> str:
         f"  (of {m['solves']:,} in the whole run)",
         "failed backward solves": f"{m['failed_backward']}"
         f"  (of {m['backward_solves']:,})",
-        "error of the gradient": f"{m['gradient_error']:.1e}"
-        f"  ({num_few} images, all parameters; against dense float64)",
+        "error of the gradient": ("unknown" if error is None else f"{error:.1e}")
+        + f"  ({_NUM_CHECKED} images, all parameters; against dense float64)",
         "size of the Jacobian": f"{m['jacobian']:.3f}"
         "  (mean square of the singular values)",
         "seconds": f"{m['seconds']:.0f}",
