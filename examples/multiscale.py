@@ -10,7 +10,6 @@ Jacobian keeps the solves short. The model is in `multiscale_model.py`.
 import argparse
 import functools as ft
 import math
-from typing import Any
 
 import jax.numpy as jnp
 import jax.random as jr
@@ -74,9 +73,10 @@ def run_all(args: argparse.Namespace) -> None:
         return list(batches(images, labels, _BATCH, args.seed, epoch))
 
     def step(model, opt_state, i):
-        batch: Any = [jnp.asarray(x) for x in of_epoch(i // per_epoch)[i % per_epoch]]
+        batch = of_epoch(i // per_epoch)[i % per_epoch]
+        shown, digits = map(jnp.asarray, batch)
         key = jr.fold_in(jr.key(args.seed), i)
-        grads, row = multiscale_model.gradients(model, *batch, penalty, key)
+        grads, row = multiscale_model.gradients(model, shown, digits, penalty, key)
         return *multiscale_model.update(model, opt_state, grads, optimiser), row
 
     run = training.train(
