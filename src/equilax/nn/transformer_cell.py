@@ -86,7 +86,10 @@ class TransformerCell(eqx.Module):
         - `width`: The size of the hidden layer of the perceptron. Defaults to four
             times `features`.
         - `activation`: Applied elementwise in the perceptron.
-        - `causal`: Whether a position sees none after itself. Keyword only argument.
+        - `causal`: Whether a position sees none after itself. The equilibrium is causal
+            then. What a solver returns is so to its tolerance: the weights of
+            [`equilax.Anderson`][] and when it stops are those of the whole sequence.
+            Keyword only argument.
         - `pre_norm`: Whether the branches are normalised in place of their sum. Keyword
             only argument.
         - `position`: An `equinox.nn.RotaryPositionalEmbedding` of size `features //
