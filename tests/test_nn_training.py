@@ -239,8 +239,16 @@ _wrong_calls = [
     (eqlx.UpTo, (_picard, 0), "`num_steps` must be .* at least 1; got 0"),
     (eqlx.UpTo, (_picard, jnp.ones(())), r"`num_steps` must be one int.*float64\[\]"),
     (eqlx.UpTo, (_picard, _ids), r"`num_steps` must be one integer.*int32\[2\]"),
-    (eqlx.nn.ToleranceSchedule, (0.0, 1.0, 3), "`first` must be positive and finite; got 0.0"),
-    (eqlx.nn.ToleranceSchedule, (1.0, -1.0, 3), "`last` must be positive and finite; got -1.0"),
+    (
+        eqlx.nn.ToleranceSchedule,
+        (0.0, 1.0, 3),
+        "`first` must be positive and finite; got 0.0",
+    ),
+    (
+        eqlx.nn.ToleranceSchedule,
+        (1.0, -1.0, 3),
+        "`last` must be positive and finite; got -1.0",
+    ),
     (eqlx.nn.ToleranceSchedule, (1.0, 1.0, 0), "`num_steps` .*at least 1; got 0"),
 ]
 
