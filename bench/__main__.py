@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import jax
+from threadpoolctl import threadpool_limits
 
 from .compare import plot, report
 from .compare.libraries import versions
@@ -48,7 +49,9 @@ def main() -> None:
     results["where"] = describe()
     results["versions"] = versions()
     for name in args.workloads or workloads:
-        found = run(workloads[name](), repeats=args.repeats, torch=args.torch)
+        # Threads of SciPy's BLAS that wait for work keep the cores from the others.
+        with threadpool_limits(1, "blas"):
+            found = run(workloads[name](), repeats=args.repeats, torch=args.torch)
         results["workloads"][name] = found
         print(report.details(name, found), flush=True)
         if args.json is not None:
