@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+from optimiser import make_adamw, take_step
 
 
 TOLERANCE = 1e-6
@@ -80,10 +81,7 @@ def gradients(
 
 
 def make_optimiser(num_steps: int) -> optax.GradientTransformation:
-    """AdamW, which leaves out the batches in which a backward solve failed."""
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
-    optimiser = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
-    return optax.apply_if_finite(optimiser, max_consecutive_errors=10)
+    return make_adamw(num_steps, LEARNING_RATE, WEIGHT_DECAY)
 
 
 @eqx.filter_jit
@@ -94,9 +92,7 @@ def update(
     optimiser: optax.GradientTransformation,
 ) -> tuple[Classifier, PyTree[Any]]:
     """A step of the optimiser, then back to where the cell contracts."""
-    params = eqx.filter(model, eqx.is_inexact_array)
-    updates, opt_state = optimiser.update(grads, opt_state, params)
-    model = eqx.apply_updates(model, updates)
+    model, opt_state = take_step(model, opt_state, grads, optimiser)
     where = lambda m: m.layer.cell.weight
     shrink = jnp.minimum(1, LARGEST_NORM / jnp.linalg.norm(where(model), ord=2))
     return eqx.tree_at(where, model, shrink * where(model)), opt_state

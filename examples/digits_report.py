@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from figures import (
 )
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from tables import or_none, two_columns
 
 
 def finish(
@@ -64,7 +64,7 @@ def finish(
         "seconds": time.monotonic() - started,
         "sha256": hashlib.sha256(parameters).hexdigest(),
         "config": config,
-        "history": {k: [_or_none(x) for x in v] for k, v in history.items()},
+        "history": {k: [or_none(x) for x in v] for k, v in history.items()},
     }
     checkpoint.replace_file(out / "final.eqx", parameters)
     text = json.dumps(metrics, indent=1)
@@ -73,11 +73,6 @@ def finish(
     print(f"\n{_table(metrics)}\n")
     print(f"sha256 of the parameters  {metrics['sha256']}")
     print(f"In {out}: final.eqx, metrics.json, digits.png")
-
-
-def _or_none(x: float) -> float | None:
-    """JSON has no NaN."""
-    return float(x) if math.isfinite(x) else None
 
 
 def _table(m: dict[str, Any]) -> str:
@@ -98,8 +93,7 @@ def _table(m: dict[str, Any]) -> str:
         f"  (of {NUM_LOOKED_AT} held-out images)",
         "seconds": f"{m['seconds']:.0f}",
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return two_columns(rows)
 
 
 def _figure(history, aux, residuals, metrics) -> Figure:

@@ -11,6 +11,7 @@ import optax
 from graph_data import NUM_CLASSES
 from jax.experimental import sparse
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree
+from optimiser import take_step
 
 
 TOLERANCE = 1e-6
@@ -139,8 +140,7 @@ def train_step(
         return jnp.mean(losses), aux
 
     (value, aux), grads = eqx.filter_value_and_grad(loss, has_aux=True)(model)
-    updates, opt_state = optimiser.update(grads, opt_state)
-    model = eqx.apply_updates(model, updates)
+    model, opt_state = take_step(model, opt_state, grads, optimiser)
     model = eqx.tree_at(_cell, model, replace_fn=_back)
     figures = {
         "loss": value,

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +13,7 @@ from figures import BLUE, GREY, new_figure, ORANGE, running_mean, save_figure, t
 from graph_data import batch, chain
 from graph_model import assess, Classifier, TOLERANCE
 from matplotlib.figure import Figure
+from tables import num_parameters
 from training import latest, Run
 
 
@@ -28,9 +28,8 @@ def measure(model: Classifier) -> dict[str, Any]:
     """Held-out chains, longer than those trained on: figures by distance."""
     inputs, labels = map(jnp.asarray, batch(NUM_CHAINS, NUM_NODES, seed=_SEED, step=0))
     aux = jax.device_get(assess(model, inputs, labels, chain(NUM_NODES)))
-    arrays = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
     return {
-        "parameters": sum(x.size for x in arrays),
+        "parameters": num_parameters(model),
         "accuracy": np.mean(aux["is_correct"], axis=0).tolist(),
         "size": np.median(aux["sizes"], axis=0).tolist(),
         "steps": float(np.mean(aux["steps"])),

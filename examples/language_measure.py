@@ -1,7 +1,6 @@
 """What the language example measures on text that was held out, and how it writes."""
 
 import dataclasses
-from typing import Any
 
 import equilax as eqlx
 import equinox as eqx
@@ -145,8 +144,3 @@ def write(
         model, window, num_characters, temperature, jnp.array(is_warm), key
     )
     return "".join(characters[i] for i in np.asarray(symbols)), np.asarray(num_steps)
-
-
-def num_parameters(model: Any) -> int:
-    leaves = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
-    return sum(x.size for x in leaves)

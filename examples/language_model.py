@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import optax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+from optimiser import take_step
 
 
 TOLERANCE = 1e-2
@@ -195,6 +196,4 @@ def update(
     optimiser: optax.GradientTransformation,
 ) -> tuple[LanguageModel, PyTree[Any], dict[str, Array]]:
     grads, figures = gradients(model, rows, key)
-    params = eqx.filter(model, eqx.is_inexact_array)
-    updates, opt_state = optimiser.update(grads, opt_state, params)
-    return eqx.apply_updates(model, updates), opt_state, figures
+    return *take_step(model, opt_state, grads, optimiser), figures

@@ -16,12 +16,12 @@ from language_measure import (
     leak,
     look,
     losses_by_steps,
-    num_parameters,
     TIGHT,
     tightly,
     write,
 )
 from language_model import LanguageModel
+from tables import num_parameters, or_none, two_columns
 from training import Run
 
 
@@ -53,7 +53,7 @@ def finish(
         parameters = checkpoint.serialise(run.model)
         metrics[name]["sha256"] = hashlib.sha256(parameters).hexdigest()
         checkpoint.replace_file(args.out / f"{name}.final.eqx", parameters)
-        history = {k: [_or_none(x) for x in v] for k, v in run.history.items()}
+        history = {k: [or_none(x) for x in v] for k, v in run.history.items()}
         metrics[name]["history"] = history
     content = json.dumps(metrics, indent=1)
     checkpoint.replace_file(args.out / "metrics.json", content.encode())
@@ -77,11 +77,6 @@ def _written(
         "steps_warm": float(np.mean(warm)),
         "steps_cold": float(np.mean(cold)),
     }
-
-
-def _or_none(x: float) -> float | None:
-    """JSON has no NaN."""
-    return float(x) if math.isfinite(x) else None
 
 
 def _figures(run: Run, seen: dict[str, np.ndarray], size: int) -> dict[str, Any]:
@@ -115,7 +110,7 @@ def _figures(run: Run, seen: dict[str, np.ndarray], size: int) -> dict[str, Any]
         "held_out_windows": len(seen["steps"]),
         "spectral_radius": float(history["spectral_radius"][-1]),
     }
-    return {k: _or_none(v) if isinstance(v, float) else v for k, v in figures.items()}
+    return {k: or_none(v) if isinstance(v, float) else v for k, v in figures.items()}
 
 
 def comparison(metrics: dict[str, Any], names: list[str]) -> str:
@@ -159,5 +154,4 @@ def about_the_solves(metrics: dict[str, Any]) -> str:
         "steps a character written": f"{metrics['steps_warm']:.2f}"
         f"  (not warm-started: {metrics['steps_cold']:.2f})",
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return two_columns(rows)

@@ -11,6 +11,7 @@ import jax.random as jr
 import optax
 from jax import lax
 from jaxtyping import Array, Float, Int, PRNGKeyArray, PyTree, Scalar
+from optimiser import make_adamw, take_step
 
 
 TOLERANCE = 1e-4
@@ -116,10 +117,7 @@ def gradients(
 
 
 def make_optimiser(num_steps: int) -> optax.GradientTransformation:
-    """AdamW, which leaves out the batches in which a backward solve failed."""
-    schedule = optax.cosine_decay_schedule(LEARNING_RATE, num_steps)
-    optimiser = optax.adamw(schedule, weight_decay=WEIGHT_DECAY)
-    return optax.apply_if_finite(optimiser, max_consecutive_errors=10)
+    return make_adamw(num_steps, LEARNING_RATE, WEIGHT_DECAY)
 
 
 @eqx.filter_jit
@@ -129,9 +127,7 @@ def update(
     grads: Any,
     optimiser: optax.GradientTransformation,
 ) -> tuple[Classifier, PyTree[Any]]:
-    params = eqx.filter(model, eqx.is_inexact_array)
-    updates, opt_state = optimiser.update(grads, opt_state, params)
-    return eqx.apply_updates(model, updates), opt_state
+    return take_step(model, opt_state, grads, optimiser)
 
 
 @eqx.filter_jit

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -24,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from multiscale_measure import gradient_error
 from multiscale_model import assess, TOLERANCE
+from tables import num_parameters, or_none, two_columns
 from training import Run
 
 
@@ -46,13 +46,12 @@ def finish(
     model, history = run.model, run.history
     aux = jax.device_get(assess(model, *map(jnp.asarray, held_out)))
     parameters = checkpoint.serialise(model)
-    arrays = jax.tree.leaves(eqx.filter(model, eqx.is_inexact_array))
     few = [x[:_NUM_CHECKED] for x in (*held_out, *aux["z"])]
     error = gradient_error(model, few[0], few[1], tuple(few[2:]), batch_size=batch_size)
     last = {k: v[-_NUM_LAST:] for k, v in history.items()}
     assessed = np.sum(np.isfinite(history["accuracy"]))
     metrics = {
-        "parameters": sum(x.size for x in arrays),
+        "parameters": num_parameters(model),
         "num_correct": int(np.sum(aux["is_correct"])),
         "num_held_out": len(aux["is_correct"]),
         "accuracy": float(np.mean(aux["is_correct"])),
@@ -65,12 +64,12 @@ def finish(
         "failed_forward": int(np.sum(history["forward_failed"]))
         + int(np.nansum(history["failed"])),
         "failed_backward": int(np.sum(history["backward_failed"])),
-        "gradient_error": _or_none(error),
+        "gradient_error": or_none(error),
         "jacobian": float(np.mean(last["jacobian"])),
         "seconds": run.seconds,
         "sha256": hashlib.sha256(parameters).hexdigest(),
         "config": config,
-        "history": {k: [_or_none(x) for x in v] for k, v in history.items()},
+        "history": {k: [or_none(x) for x in v] for k, v in history.items()},
     }
     checkpoint.replace_file(out / "final.eqx", parameters)
     text = json.dumps(metrics, indent=1)
@@ -80,11 +79,6 @@ def finish(
     print(f"\n{_table(metrics)}\n")
     print(f"sha256 of the parameters  {metrics['sha256']}")
     print(f"In {out}: final.eqx, metrics.json, multiscale.png")
-
-
-def _or_none(x: float) -> float | None:
-    """JSON has no NaN."""
-    return float(x) if math.isfinite(x) else None
 
 
 def _table(m: dict[str, Any]) -> str:
@@ -107,8 +101,7 @@ def _table(m: dict[str, Any]) -> str:
         "  (mean square of the singular values)",
         "seconds": f"{m['seconds']:.0f}",
     }
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return two_columns(rows)
 
 
 def _figure(metrics, history, aux, images) -> Figure:

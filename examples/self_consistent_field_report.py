@@ -10,6 +10,7 @@ from figures import BLUE, GREEN, GREY, new_figure, ORANGE, save_figure, tidy
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from self_consistent_field_model import TOLERANCE
+from tables import two_columns
 
 
 _NAMES = ("frequency", "height", "position")
@@ -66,8 +67,7 @@ def _table(found: dict[str, Any]) -> str:
     rows["  steps of the fit"] = f"{len(solves)}"
     rows["  steps a solve"] = f"{solves[0]:.0f} to {solves[-1]:.0f}"
     rows["  failed solves"] = f"{np.sum(history['is_solved'] == 0)}"
-    width = max(map(len, rows))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows.items())
+    return two_columns(rows)
 
 
 def _figure(found: dict[str, Any], curves: dict[str, np.ndarray]) -> Figure:

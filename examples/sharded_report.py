@@ -16,6 +16,7 @@ from figures import (
     tidy,
 )
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from tables import two_columns
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -49,8 +50,7 @@ def table(rows: list[dict[str, Any]], assessed: dict[str, Any], size: int) -> st
         "failed forward solves": f"{total('failed_forward')}  {of}",
         "failed backward solves": f"{total('failed_backward')}  {of}",
     }
-    width = max(map(len, lines))
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in lines.items())
+    return two_columns(lines)
 
 
 def draw(path: Path, rows: list[dict[str, Any]], where: str) -> None:

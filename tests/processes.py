@@ -1,6 +1,10 @@
 """Run an example as its readers do, and send it a signal at a moment of its own."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 
 # Runs a script and sends it a signal when it calls a function for the n-th time. One
@@ -36,3 +40,39 @@ def environment() -> dict[str, str]:
     """That of a reader: without what the tests set for themselves."""
     kept = {k: v for k, v in os.environ.items() if k[:4] not in ("JAX_", "XLA_")}
     return kept | {"PYTHONUTF8": "1"}
+
+
+def start(
+    script: Path,
+    *flags: object,
+    signalled: tuple = (),
+    env: dict[str, str] | None = None,
+    cwd: Path | None = None,
+) -> subprocess.Popen[bytes]:
+    """**Arguments:**
+
+    - `signalled`: A signal, a module, a function of it, and at which of its calls.
+    - `env`: On top of that of a reader.
+    """
+    driver = ["-c", SIGNALLED] if signalled else []
+    return subprocess.Popen(
+        [sys.executable, *map(str, (*driver, script, *signalled, *flags))],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment() | (env or {}),
+        cwd=cwd,
+    )
+
+
+def finish(process: subprocess.Popen[bytes], *, timeout: float) -> SimpleNamespace:
+    """Its exit status, and what it wrote."""
+    with process:
+        try:
+            stdout, stderr = process.communicate(timeout=timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+    # Not as text, which would make line feeds of the bar's carriage returns.
+    stdout, stderr = stdout.decode(), stderr.decode()
+    return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)

@@ -6,8 +6,6 @@ import os
 import pickle
 import re
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .processes import environment, SIGNALLED
+from .processes import finish, start
 
 
 pytest.importorskip("matplotlib")
@@ -28,32 +26,9 @@ _SCRIPT = Path(__file__).parents[1] / "examples" / "digits.py"
 _TIMEOUT = 240  # Of one run, in seconds. It takes five to ten.
 
 
-def _start(*flags: object, signalled: tuple = (), cwd=None) -> subprocess.Popen[bytes]:
-    driver = ["-c", SIGNALLED] if signalled else []
-    return subprocess.Popen(
-        [sys.executable, *map(str, (*driver, _SCRIPT, *signalled, *flags))],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment(),
-        cwd=cwd,
-    )
-
-
-def _finish(process: subprocess.Popen[bytes]) -> SimpleNamespace:
-    with process:
-        try:
-            stdout, stderr = process.communicate(timeout=_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            raise
-    # Not as text, which would make line feeds of the bar's carriage returns.
-    stdout, stderr = stdout.decode(), stderr.decode()
-    return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
-
-
 def _run(*flags: object, signalled: tuple = (), cwd=None) -> SimpleNamespace:
-    return _finish(_start(*flags, signalled=signalled, cwd=cwd))
+    process = start(_SCRIPT, *flags, signalled=signalled, cwd=cwd)
+    return finish(process, timeout=_TIMEOUT)
 
 
 def _metrics(out: Path) -> dict[str, Any]:
@@ -135,11 +110,11 @@ _KILLS = (
 def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(quick, tmp_path):
     path = tmp_path / "checkpoint.eqx"
     flags = ("--quick", "--resume", "--save-every", 5, "--out", tmp_path)
-    process = _start(*flags)
+    process = start(_SCRIPT, *flags)
     while process.poll() is None and not path.exists():
         time.sleep(0.001)
     process.kill()
-    killed = _finish(process)
+    killed = finish(process, timeout=_TIMEOUT)
     assert killed.code == -signal.SIGKILL, killed.stderr
     assert "There is no checkpoint" in killed.stdout
     num_steps = 0

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +15,7 @@ import jax.random as jr
 import numpy as np
 import pytest
 
-from .processes import environment, SIGNALLED
+from .processes import finish, start
 
 
 pytest.importorskip("matplotlib")
@@ -28,11 +26,7 @@ _SCRIPT = Path(__file__).parents[1] / "examples" / "graph.py"
 
 
 def _run(*flags: object, signalled: tuple = ()) -> SimpleNamespace:
-    driver = ["-c", SIGNALLED] if signalled else []
-    command = [sys.executable, *map(str, (*driver, _SCRIPT, *signalled, *flags))]
-    done = subprocess.run(command, capture_output=True, env=environment(), timeout=240)
-    stdout, stderr = done.stdout.decode(), done.stderr.decode()
-    return SimpleNamespace(code=done.returncode, stdout=stdout, stderr=stderr)
+    return finish(start(_SCRIPT, *flags, signalled=signalled), timeout=240)
 
 
 _FLAGS = ("--steps", 40, "--nodes", 40)

@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +18,7 @@ import jax.tree_util as jtu
 import numpy as np
 import pytest
 
-from .processes import environment, SIGNALLED
+from .processes import finish, start
 
 
 pytest.importorskip("matplotlib")
@@ -38,22 +36,14 @@ def run_example(tmp_path_factory):
     # What one run has compiled, the next need not.
     cache = tmp_path_factory.mktemp("cache")
     names = ("JAX_PLATFORMS", "XLA_FLAGS")
-    env = environment() | {k: os.environ[k] for k in names if k in os.environ}
+    env = {k: os.environ[k] for k in names if k in os.environ}
     env["JAX_COMPILATION_CACHE_DIR"] = str(cache)
     env["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.1"
 
     def run(*flags: object, signalled: tuple = ()) -> SimpleNamespace:
-        driver = ["-c", SIGNALLED] if signalled else []
-        steps = f"--steps={_NUM_STEPS}"
-        words = (*driver, _SCRIPT, *signalled, "--quick", steps, *_FLAGS, *flags)
-        done = subprocess.run(
-            [sys.executable, *map(str, words)],
-            capture_output=True,
-            env=env,
-            timeout=240,
-        )
-        stdout, stderr = done.stdout.decode(), done.stderr.decode()
-        return SimpleNamespace(code=done.returncode, stdout=stdout, stderr=stderr)
+        flags = ("--quick", f"--steps={_NUM_STEPS}", *_FLAGS, *flags)
+        process = start(_SCRIPT, *flags, signalled=signalled, env=env)
+        return finish(process, timeout=240)
 
     return run
 

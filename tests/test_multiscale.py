@@ -5,8 +5,6 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +18,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from .conftest import EMITTERS
-from .processes import environment, SIGNALLED
+from .processes import finish, start
 
 
 pytest.importorskip("matplotlib")
@@ -43,13 +41,8 @@ def run(tmp_path_factory) -> Callable[..., SimpleNamespace]:
     }
 
     def run(*flags: object, signalled: tuple = ()) -> SimpleNamespace:
-        driver = ["-c", SIGNALLED] if signalled else []
-        command = [sys.executable, *map(str, (*driver, _SCRIPT, *signalled, *flags))]
-        done = subprocess.run(
-            command, capture_output=True, env=environment() | cache, timeout=300
-        )
-        stdout, stderr = done.stdout.decode(), done.stderr.decode()
-        return SimpleNamespace(code=done.returncode, stdout=stdout, stderr=stderr)
+        process = start(_SCRIPT, *flags, signalled=signalled, env=cache)
+        return finish(process, timeout=300)
 
     return run
 

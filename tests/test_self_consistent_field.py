@@ -4,8 +4,6 @@ import importlib
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from .processes import environment
+from .processes import finish, start
 
 
 pytest.importorskip("matplotlib")
@@ -26,13 +24,12 @@ _SCRIPT = Path(__file__).parents[1] / "examples" / "self_consistent_field.py"
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory) -> SimpleNamespace:
     out = tmp_path_factory.mktemp("field")
-    command = [sys.executable, str(_SCRIPT), "--quick", "--out", str(out)]
     # Compiled as the tests are: in less time, for programs that run once.
-    env = environment() | {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
-    done = subprocess.run(command, capture_output=True, env=env, timeout=240)
-    assert done.returncode == 0, done.stderr.decode()
+    env = {"XLA_FLAGS": os.environ["XLA_FLAGS"]}
+    done = finish(start(_SCRIPT, "--quick", "--out", out, env=env), timeout=240)
+    assert done.code == 0, done.stderr
     metrics = json.loads((out / "metrics.json").read_text())
-    return SimpleNamespace(out=out, metrics=metrics, stdout=done.stdout.decode())
+    return SimpleNamespace(out=out, metrics=metrics, stdout=done.stdout)
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from .._dtype import promote
 from .._fused import AbstractFusedCell
 from .affine_map import AffineMap
 from .initial import parameter_dtype
+from .sample import check_shape
 
 
 class AffineCell(eqx.Module):
@@ -77,11 +78,7 @@ class AffineCell(eqx.Module):
         return AffineMap(self.weight, self._drive(x), self.activation)
 
     def _drive(self, x):
-        if x.shape != (self.in_features,):
-            raise ValueError(
-                f"`x` must have the shape ({self.in_features},), one sample without a "
-                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
-            )
+        check_shape("x", x, (self.in_features,))
         return self.injection @ x + self.bias
 
     def __call__(

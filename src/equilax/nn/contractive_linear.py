@@ -12,6 +12,7 @@ from .._dtype import at_least_single
 from .initial import parameter_dtype
 from .norm_bound import norm_bound
 from .parametrisation import AbstractParametrisation
+from .sample import check_shape
 
 
 def onto_ball(row: Float[Array, " n"], bound: float) -> Float[Array, " n"]:
@@ -38,11 +39,7 @@ def _within(weight: Float[Array, "n n"], bound: float) -> Float[Array, "n n"]:
 
 
 def _product(matrix: Array, z: Array) -> Array:
-    if z.shape != (len(matrix),):
-        raise ValueError(
-            f"`z` must have the shape ({len(matrix)},), one sample without a batch "
-            f"axis; got {z.shape}. Use `jax.vmap` for a batch."
-        )
+    check_shape("z", z, (len(matrix),))
     return matrix @ z
 
 

@@ -17,6 +17,7 @@ from .._solver import AbstractFixedPointSolver
 from .initial import parameter_dtype
 from .monotone_map import DenseMap
 from .monotone_solve import MonotoneSolve
+from .sample import check_shape
 from .splitting import AbstractSplitting
 
 
@@ -212,9 +213,5 @@ class LipschitzBoundedLayer(eqx.Module):
         return self.how.solve_adjoint(self._map(), u, z, cotangent, state)
 
     def _drive(self, x):
-        if x.shape != (self.in_features,):
-            raise ValueError(
-                f"`x` must have the shape ({self.in_features},), one sample without a "
-                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
-            )
+        check_shape("x", x, (self.in_features,))
         return self.injection @ x + self.bias

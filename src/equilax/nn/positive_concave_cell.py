@@ -15,6 +15,7 @@ from .._fused import AbstractFusedCell
 from .activation import look_at
 from .affine_map import AffineMap
 from .initial import parameter_dtype
+from .sample import check_shape
 
 
 _POINTS = np.array([*np.linspace(0.03, 8.05, 97), 1e2, 1e4, 1e6])
@@ -117,11 +118,7 @@ class PositiveConcaveCell(eqx.Module):
         return AffineMap(jnp.abs(self.weight), self._drive(x), self.activation)
 
     def _drive(self, x):
-        if x.shape != (self.in_features,):
-            raise ValueError(
-                f"`x` must have the shape ({self.in_features},), one sample without a "
-                f"batch axis; got {x.shape}. Use `jax.vmap` for a batch."
-            )
+        check_shape("x", x, (self.in_features,))
         return self.floor + jax.nn.softplus(self.injection @ x + self.bias)
 
     def __call__(
