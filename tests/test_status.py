@@ -1,5 +1,6 @@
 """Each way a solve can end is said, per sample, at the step where it happens."""
 
+import functools as ft
 from typing import Any
 
 import equilax as eqlx
@@ -58,6 +59,37 @@ def test_traced_zero_tolerances_are_a_budget_too():
 
     assert is_successful(run(jnp.array(0.0)))
     assert run(jnp.array(1e-9)).result == eqlx.RESULTS.max_steps_reached
+
+
+@pytest.mark.parametrize("solver", ["max", "two", "type_i", "newton"])
+@pytest.mark.parametrize(
+    ("rtol", "atol"), [(-1e-3, -1e-3), (1e-1, -1e-3), (-1e-3, 1e-1)]
+)
+def test_a_traced_tolerance_below_zero_is_never_reached(solver, rtol, atol):
+    new = {
+        "max": eqlx.FixedPointIteration,
+        "two": ft.partial(eqlx.Anderson, norm=eqlx.two_norm),
+        "type_i": eqlx.AndersonTypeI,
+        "newton": eqlx.Newton,
+    }[solver]
+
+    @jax.jit
+    def run(rtol, atol):
+        fn = lambda y, _: jnp.tanh(y) + y / 3 + 1
+        return _solve(fn, jnp.array([1.0, 4.0]), rtol=rtol, atol=atol, solver=new)
+
+    for sol in (run(rtol, atol), jax.vmap(run)(*jnp.array([[rtol], [atol]]))):
+        # The root of `tanh(y) + y / 3 + 1 - y`, by bisection. What no longer moves has
+        # converged, whatever the tolerance.
+        assert jnp.allclose(sol.value, 2.9924699, atol=1e-5)
+        assert jnp.all(sol.stats["num_steps"] > 2)
+
+
+def test_a_tolerance_below_zero_is_refused_where_it_can_be_read():
+    values: tuple[Any, ...] = (-1e-3, np.float32(-1e-3), np.array(-1e-3))
+    for value in (*values, jnp.array(-1e-3)):
+        with pytest.raises(ValueError, match="`atol` must not be negative"):
+            eqlx.Anderson(1e-3, value)
 
 
 def test_a_purely_relative_test_ends_at_zero():

@@ -51,8 +51,10 @@ def check_key(name: str, value: Any):
         )
 
 
-def _is_readable(value: Any) -> bool:
-    """Whether a number is known now, rather than traced or on a device."""
+def is_readable(value: Any) -> bool:
+    """Whether a number is known now, rather than traced or on another machine."""
+    if isinstance(value, jax.Array):
+        return not isinstance(value, jax.core.Tracer) and value.is_fully_addressable
     return isinstance(value, (int, float, np.number, np.ndarray))
 
 
@@ -103,28 +105,28 @@ def check_norm(norm: Any, axis_name: AxisName):
 def check_nonnegative(name: str, value: RealScalarLike):
     """Refuse a negative number, where it can be read."""
     check_real(name, value)
-    if _is_readable(value) and not value >= 0:
+    if is_readable(value) and not value >= 0:
         raise ValueError(f"`{name}` must not be negative; got {value}.")
 
 
 def check_at_least(name: str, value: RealScalarLike, least: float):
     """Refuse a number below `least`, where it can be read."""
     check_real(name, value)
-    if _is_readable(value) and not value >= least:
+    if is_readable(value) and not value >= least:
         raise ValueError(f"`{name}` must be at least {least}; got {value}.")
 
 
 def check_fraction(name: str, value: RealScalarLike):
     """Refuse a damping outside [0, 1), where it can be read."""
     check_real(name, value)
-    if _is_readable(value) and not 0 <= value < 1:
+    if is_readable(value) and not 0 <= value < 1:
         raise ValueError(f"`{name}` must be in [0, 1); got {value}.")
 
 
 def check_positive(name: str, value: RealScalarLike):
     """Refuse what is no positive and finite number, where it can be read."""
     check_real(name, value)
-    if _is_readable(value) and not 0 < value < np.inf:
+    if is_readable(value) and not 0 < value < np.inf:
         raise ValueError(f"`{name}` must be positive and finite; got {value}.")
 
 

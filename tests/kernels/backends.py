@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from equilax_kernels.affine_fixed_point import reference, RowSolution, tpu, triton
-from equilax_kernels.affine_fixed_point.rules import Knobs, Settings
+from equilax_kernels.affine_fixed_point.rules import as_knobs, Settings
 from equilax_kernels.affine_fixed_point.triton_plan import Plan
 from jax import lax
 from jax.experimental.pallas import tpu as pltpu
@@ -68,7 +68,7 @@ def solve_on(
     weight, u = jnp.asarray(weight, dtype), jnp.asarray(u, dtype)
     scale = None if scale is None else jnp.asarray(scale, dtype)
     z0 = jnp.zeros_like(u) if z0 is None else jnp.asarray(z0, dtype)
-    knobs = Knobs(*(jnp.float32(x) for x in (rtol, atol, damp, 1e-10, 2.0)))
+    knobs = as_knobs(jnp.float32, rtol, atol, damp, 1e-10, 2.0)
     settings = Settings(
         activation, max_steps, history_length, damp != 0, lax.Precision.HIGHEST
     )

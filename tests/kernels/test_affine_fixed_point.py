@@ -231,6 +231,16 @@ def test_no_tolerance_is_a_budget(backend):
 
 
 @every_backend
+@pytest.mark.parametrize(("rtol", "atol"), [(-1e-2, 1.0), (1.0, -1e-2), (np.nan, 1.0)])
+def test_a_tolerance_below_zero_or_none_is_never_reached(backend, rtol, atol):
+    out = run(
+        backend, [[0.5]], [[1.0]], activation=None, rtol=rtol, atol=atol, max_steps=7
+    )
+    assert out.status.tolist() == [Status.MAX_STEPS_REACHED]
+    assert out.value.tolist() == [[2 - 2**-6]]
+
+
+@every_backend
 def test_extrapolation_of_a_linear_map_ends_as_gmres_does(getkey, backend):
     weight, u, _ = _problem(getkey(), 6, 3, gain=3.0)
     out = run(

@@ -53,6 +53,13 @@ class Knobs(NamedTuple):
     safeguard: Array
 
 
+def as_knobs(dtype: Any, rtol: Any, atol: Any, *others: Any) -> Knobs:
+    """Scalars of one dtype. A tolerance below zero is one that nothing reaches."""
+    rtol, atol, *others = (jnp.asarray(x, dtype) for x in (rtol, atol, *others))
+    rtol, atol = (jnp.where(x < 0, jnp.nan, x) for x in (rtol, atol))
+    return Knobs(rtol, atol, *others)
+
+
 class Rows(NamedTuple):
     """How far each row has come."""
 
@@ -135,7 +142,8 @@ def _measure(z, f, knobs: Knobs):
     moved = jnp.abs(f - z)
     moved = jnp.where(moved <= jnp.finfo(moved.dtype).max, moved, jnp.inf)
     size = jnp.abs(z)
-    is_far = (moved >= knobs.atol + knobs.rtol * size) & (moved > 0)
+    # So that a tolerance that is not a number is never reached.
+    is_far = ~(moved < knobs.atol + knobs.rtol * size) & (moved > 0)
     return largest(moved), largest(is_far.astype(moved.dtype)) > 0, largest(size)
 
 

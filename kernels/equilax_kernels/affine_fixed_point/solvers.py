@@ -13,7 +13,7 @@ from .._lowered import Solve, when_lowered
 from . import reference, tpu, triton
 from .activations import Activation
 from .folding import fold_batches, without_derivative
-from .rules import Knobs, Settings
+from .rules import as_knobs, Knobs, Settings
 from .support import resolved
 
 
@@ -87,12 +87,12 @@ def prepared(
     scale = None if scale is None else jnp.asarray(scale)
     _check(weight, u, z0, scale, max_steps, history_length)
     wide = u.dtype if jnp.finfo(u.dtype).bits > 32 else jnp.dtype(jnp.float32)
-    knobs = (jnp.asarray(x, wide) for x in (rtol, atol, damp, ridge, safeguard))
+    knobs = as_knobs(wide, rtol, atol, damp, ridge, safeguard)
     is_damped = not (isinstance(damp, (int, float)) and damp == 0)
     settings = Settings(
         activation, max_steps, history_length, is_damped, resolved(precision)
     )
-    return (weight, u, z0, scale, Knobs(*knobs)), settings
+    return (weight, u, z0, scale, knobs), settings
 
 
 def _refusal(name: str, weight, u, reason: str) -> ValueError:

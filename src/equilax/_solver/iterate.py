@@ -16,9 +16,9 @@ from .._dtype import residual_dtype, rounding
 from .._misc import per_sample, tree_allfinite, tree_where
 from .._solution import RESULTS
 from .base import AbstractFixedPointSolver, Evaluation
-from .budget import is_budget_of
 from .judge import judge, Judged
 from .progress import Progress
+from .tolerance import is_budget_of
 
 
 # The figures of the docstring of `RESULTS`.

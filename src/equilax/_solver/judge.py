@@ -12,6 +12,7 @@ from .._mesh import from_all
 from .._misc import difference, tree_allfinite
 from .._norm import max_norm, measured
 from .base import AbstractFixedPointSolver
+from .tolerance import tolerance_as
 
 
 class Judged(eqx.Module):
@@ -34,7 +35,7 @@ class Judged(eqx.Module):
 def _judge_max(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
     """In the maximum norm: each leaf in one pass, which sees all that isn't finite."""
     dtype = residual_dtype(y)
-    rtol, atol = jnp.asarray(solver.rtol, dtype), jnp.asarray(solver.atol, dtype)
+    rtol, atol = tolerance_as(dtype, solver.rtol), tolerance_as(dtype, solver.atol)
     judged = [
         max_residual(a, b, rtol, atol)
         for a, b in zip(jtu.tree_leaves(y), jtu.tree_leaves(f), strict=True)
@@ -54,7 +55,9 @@ def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
     def scale(d, a):
         dtype = real(d.dtype)
         size = jnp.abs(a).astype(dtype)
-        unit = jnp.asarray(solver.atol, dtype) + jnp.asarray(solver.rtol, dtype) * size
+        unit = (
+            tolerance_as(dtype, solver.atol) + tolerance_as(dtype, solver.rtol) * size
+        )
         return jnp.where(d == 0, 0, d / jnp.where(d == 0, 1, unit).astype(d.dtype))
 
     moved = difference(y, f)

@@ -9,7 +9,7 @@ from .._dtype import at_least_single, real, residual_dtype
 from .._misc import tree_where
 from .._norm import max_norm
 from .base import AbstractFixedPointSolver, Step
-from .budget import is_budget_of
+from .tolerance import is_budget_of
 
 
 class Way(eqx.Module):
