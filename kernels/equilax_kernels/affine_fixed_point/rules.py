@@ -55,9 +55,9 @@ class Knobs(NamedTuple):
 
 def as_knobs(dtype: Any, rtol: Any, atol: Any, *others: Any) -> Knobs:
     """Scalars of one dtype. A tolerance below zero is one that nothing reaches."""
-    rtol, atol, *others = (jnp.asarray(x, dtype) for x in (rtol, atol, *others))
-    rtol, atol = (jnp.where(x < 0, jnp.nan, x) for x in (rtol, atol))
-    return Knobs(rtol, atol, *others)
+    knobs = Knobs(*(jnp.asarray(x, dtype) for x in (rtol, atol, *others)))
+    rtol, atol = (jnp.where(x < 0, jnp.nan, x) for x in knobs[:2])
+    return knobs._replace(rtol=rtol, atol=atol)
 
 
 class Rows(NamedTuple):
