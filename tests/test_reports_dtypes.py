@@ -3,6 +3,7 @@
 import equilax as eqlx
 import jax
 import jax.numpy as jnp
+import lineax as lx
 import numpy as np
 import pytest
 
@@ -167,3 +168,71 @@ def test_a_nearly_singular_adjoint_is_as_good_as_its_condition_allows(gap):
         exact = np.linalg.solve(matrix.T, np.ones(2))
         bound = 8 * np.finfo(np.float32).eps / gap
         assert relative_error(grad, exact) < bound
+
+
+def _nearly_singular(num: int, size: int):
+    """Float32 systems with an eigenvalue of the Jacobian 1e-3 to 1e-8 below one."""
+    rng = np.random.default_rng(0)
+    turns, _ = np.linalg.qr(rng.normal(size=(num, size, size)))
+    closest = 1 - 10 ** -rng.uniform(3, 8, (num, 1))
+    values = np.hstack([closest, rng.uniform(-0.9, 0.9, (num, size - 1))])
+    jacobians = np.einsum("nij,nj,nkj->nik", turns, values, turns)
+    return jacobians.astype(np.float32), rng.normal(size=(num, size)).astype(np.float32)
+
+
+@pytest.mark.parametrize("name", ["default", "fixed_point", "krylov", "lu"])
+def test_where_rounding_decides_the_adjoint_says_so(name):
+    linear = {
+        "default": None,
+        "fixed_point": eqlx.FixedPointLinearSolver(),
+        "krylov": eqlx.KrylovLinearSolver(),
+        "lu": lx.LU(),
+    }[name]
+    adjoint = eqlx.ImplicitAdjoint() if linear is None else eqlx.ImplicitAdjoint(linear)
+    jacobians, cotangents = _nearly_singular(200, 6)
+
+    @jax.jit
+    @jax.vmap
+    def run(jacobian, cotangent):
+        sol = eqlx.solve_adjoint(
+            lambda y, a: a @ y,
+            eqlx.Anderson(1e-6, 1e-6),
+            0 * cotangent,
+            cotangent,
+            jacobian,
+            adjoint=adjoint,
+            throw=False,
+        )
+        is_singular = sol.result == eqlx.RESULTS.singular
+        return sol.value, sol.stats["is_usable"], is_singular
+
+    got, is_usable, is_singular = map(np.asarray, run(jacobians, cotangents))
+    systems = np.eye(6) - np.swapaxes(jacobians.astype(float), 1, 2)
+    exact = np.linalg.solve(systems, cotangents[..., None].astype(float))[..., 0]
+    size = np.max(np.abs(exact), axis=1)
+    error = np.max(np.abs(got - exact), axis=1) / size
+    assert np.all(error[is_usable] < 0.2)
+    # How much larger than its right-hand side: what rounding is multiplied by.
+    growth = size / np.max(np.abs(cotangents), axis=1)
+    eps = np.finfo(np.float32).eps
+    assert not np.any(is_usable & (growth * eps > 0.01))
+    most = 1e-3 if name != "krylov" else 1e-4
+    assert np.all(is_usable[growth * eps < most])
+    assert not np.any(is_singular & is_usable)
+    assert np.any(is_singular) or name == "krylov"
+
+
+def test_a_singular_adjoint_is_named_in_the_error():
+    jacobians, cotangents = _nearly_singular(1, 3)
+    a = jnp.asarray(jacobians[0] / np.max(np.linalg.eigvalsh(jacobians[0])))
+    a = (1 - 2e-7) * a
+
+    def loss(c):
+        solver = eqlx.FixedPointIteration(1e-6, 1e-6)
+        linear = eqlx.ImplicitAdjoint(lx.LU())
+        # From the solution, which it takes no step to reach.
+        sol = eqlx.fixed_point(lambda y, c: a @ y + c, solver, 0 * c, c, adjoint=linear)
+        return jnp.sum(cotangents[0] * sol.value)
+
+    with pytest.raises(Exception, match="singular, or so nearly that rounding decides"):
+        jax.block_until_ready(jax.jit(jax.grad(loss))(jnp.zeros(3, _single)))

@@ -17,6 +17,7 @@ from .._linear import (
     AbstractMatrixFreeSolver,
     FallbackLinearSolver,
     is_at_rounding,
+    is_resolved,
     KrylovLinearSolver,
     Neumann,
     Preconditioned,
@@ -29,7 +30,7 @@ from .._norm import divisor, max_norm, measured
 from .._solution import RESULTS
 from .._solver import AbstractFixedPointSolver
 from .base import Problem
-from .outcome import Outcome
+from .outcome import Outcome, singular_where
 from .ravelling import Ravelling
 from .rule import Rule
 
@@ -68,19 +69,42 @@ class _Verdict(eqx.Module):
     def size(self, x):
         return measured(self.solver.norm, x, self.axis_name)
 
-    def judge(self, value, result, residual, vector):
-        """Whether it is usable, and its residual relative to the right-hand side."""
+    def judge(self, value, result, residual, vector, largest):
+        """Whether it is usable, how it ended, and its residual relative to `vector`.
+
+        **Arguments:**
+
+        - `largest`: The maximum norm of all that the value depends on.
+        """
         is_usable = result == RESULTS.successful
         if not isinstance(self.solver, Neumann):  # Whose residual costs a product.
             is_good = is_at_rounding(value, residual, vector, self.eps, self.axis_name)
             is_usable = is_usable | (is_good & (result == RESULTS.stagnation))
+            is_lost = ~is_resolved(value, largest, self.eps, self.axis_name)
+            result = singular_where(is_usable & is_lost, result)
+            is_usable = is_usable & ~is_lost
         size = divisor(self.size(vector)).astype(residual.dtype)
-        return is_usable, residual / size
+        return is_usable, result, residual / size
 
     def is_true(self, value, residual, left, vector):
         """Whether what is `left` of the right-hand side is the residual it claims."""
         size = jnp.maximum(self.size(value), self.size(vector))
         return left <= 2 * residual + 64 * self.eps * size.astype(residual.dtype)
+
+
+def _preconditioned(
+    solver: AbstractMatrixFreeSolver,
+    product_for: Callable,
+    ravelling: Ravelling,
+    is_alone: bool,
+    vector: Array,
+) -> AbstractMatrixFreeSolver:
+    """The solver with the estimate of an inverse, for a `vector` of the system."""
+    product = product_for(ravelling.unravel(vector))
+    first = Preconditioned(
+        solver, lambda v: ravelling.ravel(product(ravelling.unravel(v)))
+    )
+    return first if is_alone else FallbackLinearSolver(first, solver)
 
 
 def _fused_at(problem: Problem, y: PyTree[Array]) -> TransposedAt | None:
@@ -123,37 +147,34 @@ def matrix_free(
     terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name, fused)
     verdict = _Verdict(solver, rounding(y), axis_name)
 
-    product_for = None
+    preconditioned = lambda vector: solver
     if rule.preconditioner is not None:
         product_for = rule.preconditioner.prepare(
             problem, y, state, is_transposed=is_transposed
         )
-
-    def solver_for(vector: Array) -> AbstractMatrixFreeSolver:
-        if product_for is None:
-            return solver
-        product = product_for(ravelling.unravel(vector))
-        first = Preconditioned(
-            solver, lambda v: ravelling.ravel(product(ravelling.unravel(v)))
-        )
         # An estimate that is no good may keep from being solved what can be. Of a
         # truncation nobody expects a solution.
-        is_alone = is_truncated or problem.batching.axis_names
-        return first if is_alone else FallbackLinearSolver(first, solver)
+        is_alone = is_truncated or bool(names)
+        preconditioned = ft.partial(
+            _preconditioned, solver, product_for, ravelling, is_alone
+        )
 
     def solve(mv, vector: Float[Array, "..."], guess) -> Outcome:
-        unit = None
+        unit, largest = None, terms.size(max_norm, vector)
         if names:
             unit = lax.pmax(terms.size(solver.norm, vector), names)
+            largest = lax.pmax(largest, names)
         sol = solve_from(
-            solver_for(vector),
+            preconditioned(vector),
             mv,
             vector,
             dataclasses.replace(terms, unit=unit),
             guess=guess,
         )
-        residual, result = sol.stats["residual"], sol.result
-        is_usable, relative = each(verdict.judge)(sol.value, result, residual, vector)
+        residual = sol.stats["residual"]
+        is_usable, result, relative = each(verdict.judge)(
+            sol.value, sol.result, residual, vector, largest
+        )
         if not is_truncated and (problem.is_batch or names):
             # Of systems that depend on each other each has been solved as if it did
             # not. Where it does, what is left of all of them tells.

@@ -1,4 +1,4 @@
-from typing import Any
+from typing import Any, cast
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ _KINDS = (
     ),
     Kind(
         "singular",
-        "The system is singular, or nearly so. The fixed point may not be an isolated "
-        "one, and then has no derivative.",
+        "The system is singular, or so nearly that rounding decides. The fixed point "
+        "may not be an isolated one, and then has no derivative. Otherwise, or if the "
+        "parts of `y` are in units far apart, a wider dtype helps.",
     ),
     Kind(
         "nonfinite",
@@ -62,6 +63,10 @@ class Outcome(eqx.Module):
     is_usable: Bool[Array, "..."]
     relative: Float[Array, "..."]
     stats: dict[str, Any]
+
+
+def singular_where(is_singular: Bool[Array, ""], result: RESULTS) -> RESULTS:
+    return RESULTS.where(is_singular, cast(RESULTS, RESULTS.singular), result)
 
 
 def figures_of(outcome: Outcome, is_batch: bool) -> Float[Array, "4"]:

@@ -7,13 +7,14 @@ import jax.tree_util as jtu
 import lineax as lx
 from jaxtyping import Array, Float, PyTree
 
-from .._dtype import residual_dtype
+from .._dtype import residual_dtype, rounding
+from .._linear import is_resolved
 from .._mesh import any_varying
 from .._misc import struct
 from .._norm import divisor, max_norm
 from .._solution import RESULTS
 from .base import Problem
-from .outcome import Outcome
+from .outcome import Outcome, singular_where
 from .rule import Rule
 
 
@@ -42,7 +43,9 @@ def through_lineax(linear_solver, tags: frozenset[object]) -> Callable:
             "residual": relative * unit.astype(dtype),
         }
         is_usable = sol.result == lx.RESULTS.successful
-        result = RESULTS.promote(sol.result)
+        is_lost = ~is_resolved(sol.value, max_norm(scaled), rounding(vector))
+        result = singular_where(is_usable & is_lost, RESULTS.promote(sol.result))
+        is_usable = is_usable & ~is_lost
         return Outcome(sol.value * unit, result, is_usable, relative, stats)
 
     return solve

@@ -1,6 +1,7 @@
 from .base import (
     AbstractMatrixFreeSolver as AbstractMatrixFreeSolver,
     is_at_rounding as is_at_rounding,
+    is_resolved as is_resolved,
     Preconditioned as Preconditioned,
     solve_from as solve_from,
 )

@@ -14,7 +14,7 @@ from .._misc import hoist
 from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
 from .._solver import AbstractFixedPointSolver, Anderson, iterate
-from .base import AbstractMatrixFreeSolver
+from .base import AbstractMatrixFreeSolver, is_resolved
 
 
 # That of the default solver, of a size at which half precision holds the solution: a
@@ -49,7 +49,7 @@ def _outcome(
     Its residual is then one of rounding errors alone: that of a singular system can be
     zero.
     """
-    is_lost = 2 * rounding(value) * max_norm(value, axis_name) > size
+    is_lost = ~is_resolved(value, size, rounding(value), axis_name)
     is_lost = is_lost & (result == RESULTS.successful)
     return RESULTS.where(is_lost, cast(RESULTS, RESULTS.singular), result)
 
