@@ -71,6 +71,8 @@ def _raise_on_failure(sol: Solution, is_batch: bool) -> Solution:
         subject="The fixed-point solve",
         kinds=_KINDS,
         advice="`throw=False` returns the outcome in `Solution.result` instead.",
+        num_steps=sol.stats["num_steps"],
+        residual=sol.stats["residual"],
         is_batch=is_batch,
     )
 

@@ -94,6 +94,8 @@ def checked(
             kinds=_KINDS,
             advice="`throw=False` gives the derivative that the `on_failure` of the "
             "adjoint says, in place of this error.",
+            num_steps=outcome.stats["num_steps"],
+            residual=outcome.stats["residual"],
             is_batch=is_batch,
         )
 
