@@ -192,8 +192,8 @@ def compilations():
     """The names of what is compiled."""
     seen = []
 
-    def listen(event: str, duration: float, **kwargs):
-        del duration
+    def listen(event: str, duration_secs: float, **kwargs):
+        del duration_secs
         if event.endswith("backend_compile_duration"):
             seen.append(kwargs.get("fun_name", event))
 
@@ -248,7 +248,7 @@ class _Neurons(eqx.Module):
 
 
 def _predict(params, xs, fn=jnp.tanh):
-    layer = eqlx.nn.FixedPointLayer(_Neurons(*params, fn), _PICARD)
+    layer = eqlx.nn.FixedPointLayer(_Neurons(*params, fn=fn), _PICARD)
     return jax.vmap(layer)(xs)
 
 
