@@ -5,6 +5,7 @@ writes, which is NumPy's format; then the SHA-256 of all that. Nothing in it is 
 unpickled: NumPy refuses to, unless told otherwise.
 """
 
+import contextlib
 import hashlib
 import io
 import json
@@ -39,14 +40,17 @@ def replace_file(path: Path, *parts: bytes) -> None:
     returns: hence a flush of the file, the renaming, and a flush of the directory. The
     temporary file has one name only, so what a killed run left of it is written over.
     """
+    temporary = path.with_name(path.name + ".tmp")
     try:
-        _replace_file(path, *parts)
-    except OSError as error:  # A full disk does not say which file it was.
+        _replace_file(path, temporary, *parts)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()  # Of a full disk it holds the last that was free.
+        # A full disk does not say which file it was.
         raise OSError(error.errno, error.strerror, str(path)) from error
 
 
-def _replace_file(path: Path, *parts: bytes) -> None:
-    temporary = path.with_name(path.name + ".tmp")
+def _replace_file(path: Path, temporary: Path, *parts: bytes) -> None:
     with open(temporary, "wb") as file:
         for part in parts:
             file.write(part)

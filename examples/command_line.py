@@ -5,6 +5,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ def progress_bar(total: int, num_done: int, *, disable: bool = False) -> tqdm:
 def run_resumable(
     run: Callable[[argparse.Namespace], None], args: argparse.Namespace
 ) -> None:
-    """Run, and if interrupted say how to go on."""
+    """Run to the end or to an error of one line; if interrupted say how to go on."""
     try:
         run(args)
     except KeyboardInterrupt:
@@ -47,3 +48,5 @@ def run_resumable(
             "\nInterrupted; --resume goes on from the last checkpoint.", file=sys.stderr
         )
         sys.exit(128 + signal.SIGINT)  # As a shell reports it.
+    except OSError as error:  # A full disk, a folder that cannot be written to.
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

@@ -219,11 +219,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    try:
-        run_resumable(run_all, args)
-    except OSError as error:  # A full disk, a folder that cannot be written to.
-        sys.exit(f"digits.py: error: {error}")
+    run_resumable(run_all, parse_args())
 
 
 if __name__ == "__main__":

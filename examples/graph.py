@@ -14,7 +14,7 @@ import graph_model
 import jax.numpy as jnp
 import jax.random as jr
 import training
-from command_line import integer
+from command_line import integer, run_resumable
 from graph_report import finish
 
 
@@ -75,7 +75,7 @@ def main() -> None:
     add("--nodes", type=many, default=50, help="length of the chains trained on [50]")
     add("--batch-size", type=many, default=32, help="chains a step [32]")
     add("--features", type=many, default=16, help="size of a node's state [16]")
-    training.main(run_all, training.parse(parser, steps=200))
+    run_resumable(run_all, training.parse(parser, steps=200))
 
 
 if __name__ == "__main__":

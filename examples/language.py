@@ -15,7 +15,7 @@ import jax.random as jr
 import language_model
 import numpy as np
 import training
-from command_line import integer
+from command_line import integer, run_resumable
 from language_data import batch, load_text, Text, windows
 from language_measure import assess
 from language_model import baseline_of, equilibrium_model, LanguageModel, Sizes, update
@@ -130,4 +130,4 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    training.main(run_all, parse_args())
+    run_resumable(run_all, parse_args())

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import jax.random as jr
 import multiscale_model
 import training
-from command_line import integer
+from command_line import integer, run_resumable
 from digits_data import batches, load_data
 from multiscale_measure import summarise
 from multiscale_report import finish
@@ -107,7 +107,7 @@ def main() -> None:
             "argument --channels: expected up to three multiples of "
             f"{groups}; got {' '.join(map(str, args.channels))}"
         )
-    training.main(run_all, args)
+    run_resumable(run_all, args)
 
 
 if __name__ == "__main__":

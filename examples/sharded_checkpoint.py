@@ -44,12 +44,23 @@ def save(
 
     - `tree`: What to save, a pytree of arrays that are replicated.
     - `config`: What the run depends on, in JSON's types. `restore` insists on the same.
+
+    **Raises:**
+
+    - `OSError`: If it cannot be written. The checkpoints before are as they were.
     """
     args = ocp.args.Composite(
         arrays=ocp.args.StandardSave(_by_name(tree)),
         header=ocp.args.JsonSave({"format": _FORMAT, "config": config}),
     )
-    manager.save(step, args=args, force=True)
+    try:
+        manager.save(step, args=args, force=True)
+    except (OSError, ValueError) as error:  # TensorStore's is the latter.
+        path = Path(manager.directory) / str(step)
+        raise OSError(
+            f"{path} cannot be written; --resume goes on from the checkpoint before. "
+            f"{error}"
+        ) from error
 
 
 def restore(

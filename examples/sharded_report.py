@@ -37,6 +37,13 @@ def open_metrics(path: Path, num_steps: int) -> TextIO:
     return open(path, "a", buffering=1)
 
 
+def write_row(file: TextIO, row: dict[str, Any]) -> None:
+    try:
+        file.write(json.dumps(row) + "\n")
+    except OSError as error:  # A full disk does not say which file it was.
+        raise OSError(error.errno, error.strerror, file.name) from error
+
+
 def table(rows: list[dict[str, Any]], assessed: dict[str, Any], size: int) -> str:
     total = lambda name: sum(row[name] for row in rows)
     of = f"(of {len(rows) * size:,})"

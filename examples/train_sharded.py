@@ -9,7 +9,6 @@ same script runs on one device, on those of one process, and on those of many:
 """
 
 import argparse
-import json
 import signal
 import sys
 from pathlib import Path
@@ -34,7 +33,7 @@ from sharded_processes import (
     make_mesh,
     replicated,
 )
-from sharded_report import draw, open_metrics, read_rows, table
+from sharded_report import draw, open_metrics, read_rows, table, write_row
 
 
 def parse_args() -> argparse.Namespace:
@@ -96,7 +95,7 @@ def train(
             step += 1
             row = {k: v.item() for k, v in jax.device_get(figures).items()}
             if file is not None:
-                file.write(json.dumps({"step": step, **row}) + "\n")
+                write_row(file, {"step": step, **row})
             bar.set_description_str(
                 f"loss {row['loss']:.3f}, accuracy {row['accuracy']:.1%}, "
                 f"steps {row['forward_steps']:.1f} forward "
@@ -127,8 +126,8 @@ def finish(
         return
     assessed = {k: v.item() for k, v in jax.device_get(figures).items()}
     rows = read_rows(out / "metrics.jsonl")
-    with open(out / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": config["steps"], **assessed}) + "\n")
+    with open(out / "metrics.jsonl", "a", buffering=1) as file:
+        write_row(file, {"step": config["steps"], **assessed})
     model = jax.device_get(eqx.filter(state.model, eqx.is_array))
     replace_file(out / "final.eqx", serialise(model))
     draw(out / "train_sharded.png", rows, describe(mesh))
@@ -176,8 +175,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    args = parse_args()
-    run_resumable(run_all, args)
+    run_resumable(run_all, parse_args())
 
 
 if __name__ == "__main__":

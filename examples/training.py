@@ -17,7 +17,7 @@ import checkpoint
 import equinox as eqx
 import numpy as np
 import optax
-from command_line import integer, progress_bar, run_resumable
+from command_line import integer, progress_bar
 
 
 class Run(eqx.Module):
@@ -157,11 +157,3 @@ def checkpoints(
         return run
 
     return run, save
-
-
-def main(run_all: Callable[[argparse.Namespace], None], args: Any) -> None:
-    """Run an example to its end, or to an error of one line."""
-    try:
-        run_resumable(run_all, args)
-    except OSError as error:  # A full disk, a folder that cannot be written to.
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")

@@ -7,10 +7,23 @@ from pathlib import Path
 from types import SimpleNamespace
 
 
+# In place of a signal: from then on no file can grow past `LARGEST` bytes. It fails in
+# the midst of a file as a full disk does, but for the number of the error.
+FULL = 0
+LARGEST = 1 << 14
+
 # Runs a script and sends it a signal when it calls a function for the n-th time. One
 # that lives on dawdles, so that not all steps are made before it can react.
-SIGNALLED = """
+SIGNALLED = f"""
 import importlib, os, runpy, signal, sys, time
+
+def strike(number):
+    if number != {FULL}:
+        os.kill(os.getpid(), number)
+        return
+    import resource
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, ({LARGEST}, hard))
 
 # A shell has its background jobs ignore it.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -26,7 +39,7 @@ def counted(*args, **kwargs):
     global num_calls
     num_calls += 1
     if num_calls == int(n):
-        os.kill(os.getpid(), int(number))
+        strike(int(number))
     if num_calls >= int(n):
         time.sleep(1)
     return original(*args, **kwargs)
@@ -51,7 +64,8 @@ def start(
 ) -> subprocess.Popen[bytes]:
     """**Arguments:**
 
-    - `signalled`: A signal, a module, a function of it, and at which of its calls.
+    - `signalled`: A signal or `FULL`, a module, a function of it, and at which of its
+        calls.
     - `env`: On top of that of a reader.
     """
     driver = ["-c", SIGNALLED] if signalled else []

@@ -260,7 +260,7 @@ def test_a_failure_while_writing_leaves_the_old_file_whole(saved, monkeypatch, n
             checkpoint.save(saved, _tree(offset=1), _CONFIG)
     assert str(saved) in str(info.value)
     assert _bits(checkpoint.load(saved, _tree(), _CONFIG)) == _bits(_tree())
-    # What the failure left is no hindrance.
+    assert os.listdir(saved.parent) == [saved.name]  # The space is free again.
     checkpoint.save(saved, _tree(offset=1), _CONFIG)
     assert _bits(checkpoint.load(saved, _tree(), _CONFIG)) == _bits(_tree(offset=1))
     assert os.listdir(saved.parent) == [saved.name]

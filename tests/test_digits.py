@@ -1,9 +1,11 @@
 """The digits example, `examples/digits.py`, run as its readers run it."""
 
+import contextlib
 import importlib
 import json
 import os
 import pickle
+import random
 import re
 import signal
 import time
@@ -14,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from .processes import finish, start
+from .processes import finish, FULL, LARGEST, start
 
 
 pytest.importorskip("matplotlib")
@@ -26,8 +28,8 @@ _SCRIPT = Path(__file__).parents[1] / "examples" / "digits.py"
 _TIMEOUT = 240  # Of one run, in seconds. It takes five to ten.
 
 
-def _run(*flags: object, signalled: tuple = (), cwd=None) -> SimpleNamespace:
-    process = start(_SCRIPT, *flags, signalled=signalled, cwd=cwd)
+def _run(*flags: object, signalled: tuple = (), env=None, cwd=None) -> SimpleNamespace:
+    process = start(_SCRIPT, *flags, signalled=signalled, env=env, cwd=cwd)
     return finish(process, timeout=_TIMEOUT)
 
 
@@ -136,6 +138,69 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(quick, tmp_pa
     assert metrics.pop("seconds") > 0
     assert expected.pop("seconds") > 0
     assert metrics == expected
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory) -> dict[str, str]:
+    """What one run has compiled, the next need not: its environment."""
+    names = ("COMPILATION_CACHE_DIR", "PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS")
+    values = (str(tmp_path_factory.mktemp("cache")), "0.1")
+    return {f"JAX_{k}": v for k, v in zip(names, values, strict=True)}
+
+
+@_IS_POSIX
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_had_been(
+    quick, tmp_path, cache
+):
+    path, rng = tmp_path / "checkpoint.eqx", random.Random(0)
+    flags = ("--quick", "--resume", "--save-every", 1, "--out", tmp_path)
+    delays = [rng.uniform(0, 0.2) for _ in range(2)]
+    for delay in delays:
+        process = start(_SCRIPT, *flags, env=cache)
+        # Until it trains: at the start of the first run it saves as well. From then on
+        # every other moment is one of writing.
+        inodes = {path.stat().st_ino if path.exists() else None}
+        while process.poll() is None and len(inodes) < 3:
+            with contextlib.suppress(FileNotFoundError):
+                inodes.add(path.stat().st_ino)
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        killed = finish(process, timeout=_TIMEOUT)
+        # Or it has come to its end before, on a machine quicker than it should be.
+        assert killed.code in (-signal.SIGKILL, 0), (delays, killed.stderr)
+    result = _run(*flags, env=cache)
+    assert result.code == 0, (delays, result.stderr)
+    assert f"Going on from {path}, after " in result.stdout
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(quick.out))
+    final = (tmp_path / "final.eqx").read_bytes()
+    assert final == (quick.out / "final.eqx").read_bytes(), delays
+    metrics, expected = _metrics(tmp_path), _metrics(quick.out)
+    assert metrics.pop("seconds") != expected.pop("seconds")
+    assert metrics == expected
+
+
+@_IS_POSIX
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_space(
+    quick, tmp_path, cache
+):
+    path = tmp_path / "checkpoint.eqx"
+    flags = ("--quick", "--save-every", 5, "--out", tmp_path)
+    # The fourth comes after 15 steps. Not all of it fits.
+    result = _run(*flags, signalled=(FULL, "checkpoint", "save", 4), env=cache)
+    assert result.code == 1
+    message = f"digits.py: error: [Errno 27] File too large: '{path}'\n"
+    assert result.stderr.endswith(message)
+    assert "Traceback" not in result.stderr
+    assert os.listdir(tmp_path) == [path.name]
+    assert path.stat().st_size > LARGEST
+    result = _run(*flags, "--resume", env=cache)
+    assert result.code == 0, result.stderr
+    assert f"Going on from {path}, after 10 steps." in result.stdout
+    final = (tmp_path / "final.eqx").read_bytes()
+    assert final == (quick.out / "final.eqx").read_bytes()
 
 
 @_IS_POSIX

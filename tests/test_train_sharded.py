@@ -7,6 +7,7 @@ real, on the loopback interface.
 import importlib
 import json
 import os
+import random
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from .processes import environment, SIGNALLED
+from .processes import environment, FULL, SIGNALLED
 
 
 for _name in ("matplotlib", "optax", "orbax.checkpoint", "sklearn", "tqdm"):
@@ -289,6 +290,51 @@ def test_a_run_killed_again_and_again_ends_as_if_it_never_had_been(killed, pair)
     assert (out / "final.eqx").read_bytes() == (pair / "final.eqx").read_bytes()
     assert _rows(out) == _rows(pair)
     assert _steps(out)[-1] == "12"
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_ends_as_if_it_never_had_been(one):
+    out, rng = one.with_name("random"), random.Random(0)
+    flags = ("--steps", _NUM_STEPS, "--resume", "--save-every", 1)
+    folder, delays = out / "checkpoints", [rng.uniform(0, 1) for _ in range(2)]
+    for delay in delays:
+        process = _start(out, 0, flags)
+        # Until it saves, which takes longer than all else does. Orbax first removes
+        # what a killed run has left.
+        before = set(os.listdir(folder)) if folder.exists() else set()
+        while process.poll() is None:
+            if folder.exists() and not set(os.listdir(folder)) <= before:
+                break
+            time.sleep(0.001)
+        time.sleep(delay)
+        process.kill()
+        # Or it has come to its end before.
+        assert process.wait() in (-signal.SIGKILL, 0), (delays, _log(out))
+    assert _run_one(out, *flags) == 0, (delays, _log(out))
+    assert (out / "final.eqx").read_bytes() == (one / "final.eqx").read_bytes(), delays
+    assert _rows(out) == _rows(one)
+    assert not any("tmp" in name for name in _steps(out))
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_space(one):
+    out = one.with_name("full")
+    # In the second checkpoint, of the tenth step, the arrays do not fit.
+    full = (FULL, "sharded_checkpoint", "save", 2)
+    flags = ("--steps", _NUM_STEPS)
+    (code,), _ = _finish([_start(out, 0, flags, signalled=full)])
+    assert code == 1
+    path = out / "checkpoints" / "10"
+    last = _log(out).splitlines()[-1]  # Before it Orbax has its say.
+    assert last.startswith(f"train_sharded.py: error: {path} cannot be written; ")
+    assert "File too large" in last
+    assert "5" in _steps(out)
+    assert "10" not in _steps(out)
+    assert _run_one(out, "--resume") == 0, _log(out)
+    assert "going on after 5 steps." in _log(out)
+    assert (out / "final.eqx").read_bytes() == (one / "final.eqx").read_bytes()
+    assert _rows(out) == _rows(one)
+    assert _steps(out) == ["10", "12"]
 
 
 @pytest.mark.slow
