@@ -146,6 +146,8 @@ def test_a_batch_that_jax_partitions_is_not_gathered_in_a_loop(getkey):
     for batching in (eqlx.Lockstep(), eqlx.Staged()):
         assert relative_error(run(batching)(*args), expected) < 1e-9
         compiled = program(run(batching), *args)
-        assert "all-gather" not in compiled.in_loops()
-    # Without stages nothing is moved between devices but whether all are done.
-    assert set(program(run(eqlx.Lockstep()), *args).all()) <= {"all-reduce"}
+        # Whether all are done, and nothing of the state.
+        assert set(compiled.in_loops()) <= {"all-reduce"}
+        gathers = compiled.all().count("all-gather")
+        # The slow samples, on their way to the next stage.
+        assert gathers <= (2 if isinstance(batching, eqlx.Staged) else 0)
