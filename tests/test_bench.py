@@ -13,7 +13,7 @@ def _loss(work: Workload, params, xs):
     params = jax.tree.map(jnp.asarray, params)
     xs = jnp.asarray(xs)
     step = lambda _, zs: work.whole(zs, (params, xs))
-    return work.loss(jax.lax.fori_loop(0, 3000, step, work.starts(xs)))
+    return work.loss(jax.lax.fori_loop(0, 3000, step, work.starts(xs.dtype)), params)
 
 
 @pytest.mark.parametrize("name", ["ragged, log-normal", "transformer"])

@@ -3,7 +3,8 @@
     python torch_worker.py WORKLOAD.npz CELL MAX_STEPS SOLVER
 
 Reads a request a line from the standard input, `[what, forward, backward]`, and answers
-with a line. `forward` and `both` do the work once; `save` writes what it comes to.
+with a line. `forward`, `both` and `step` do the work once; `save` writes what it comes
+to; `["threads", number]` sets how many there are.
 """
 
 import importlib.metadata
@@ -23,6 +24,11 @@ def tanh_cell(z, params, x):
 
 def scaled_cell(z, params, x):
     return torch.tanh(x[:, :1] * (z @ params[0].T) + x[:, 1:])
+
+
+def affine(z, params, x):
+    weight, injection, bias = params[:3]
+    return torch.tanh(z @ weight.T + x @ injection.T + bias)
 
 
 def convolution(z, params, x):
@@ -46,7 +52,9 @@ def transformer(z, params, x):
     return _normalise(h + torch.tanh(h @ up) @ down)
 
 
-CELLS = {f.__name__: f for f in (tanh_cell, scaled_cell, convolution, transformer)}
+CELLS = {
+    f.__name__: f for f in (tanh_cell, scaled_cell, convolution, transformer, affine)
+}
 
 
 class Worker:
@@ -58,6 +66,9 @@ class Worker:
             num = sum(name.startswith("param") for name in data.files)
             self.params = [read(f"param{i}").requires_grad_() for i in range(num)]
             self.xs, self.cts = read("xs").requires_grad_(), read("cts")
+            self.labels = read("labels").long()
+        # As the example has it.
+        self.optimiser = torch.optim.AdamW(self.params, lr=1e-2, weight_decay=0.1)
 
     def _solve(self, forward: float, backward: float):
         deq = get_deq(
@@ -79,16 +90,37 @@ class Worker:
         with torch.no_grad():
             return self._solve(forward, backward)
 
+    def _loss(self, zs):
+        if len(self.labels) == 0:
+            return (zs * self.cts).sum()
+        weight, bias = self.params[3:]
+        return F.cross_entropy(zs @ weight.T + bias, self.labels)
+
     def both(self, forward, backward):
         zs = self._solve(forward, backward)
-        loss = (zs * self.cts).sum()
-        return zs, torch.autograd.grad(loss, [*self.params, self.xs])
+        return zs, torch.autograd.grad(self._loss(zs), [*self.params, self.xs])
+
+    def step(self, forward, backward):
+        """Of the optimiser, then back to where the cell contracts, and undone."""
+        before = [param.detach().clone() for param in self.params]
+        loss = self._loss(self._solve(forward, backward))
+        grads = torch.autograd.grad(loss, self.params)
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = grad
+        self.optimiser.step()
+        with torch.no_grad():
+            norm = torch.linalg.matrix_norm(self.params[0], 2)
+            self.params[0].mul_((0.95 / norm).clamp(max=1))
+            for param, old in zip(self.params, before, strict=True):
+                param.copy_(old)
 
     def answer(self, what, *tolerances):
         if what == "version":
             versions = [importlib.metadata.version(n) for n in ("torchdeq", "torch")]
             return f"TorchDEQ {versions[0]}, torch {versions[1]}"
-        if what == "save":
+        if what == "threads":
+            torch.set_num_threads(int(tolerances[0]))
+        elif what == "save":
             zs, grads = self.both(*tolerances)
             arrays = {f"grad{i}": g.numpy() for i, g in enumerate(grads)}
             np.savez(
