@@ -36,6 +36,13 @@ KEPT = Path(__file__).with_name("results.json")
 _GROUPS = {"main": "workloads", "problems": "problems", "training": "training"}
 
 
+def _libraries(text: str) -> list[str]:
+    known = (report.OURS, *report.LIBRARIES)
+    if unknown := set(text.split(",")) - set(known):
+        raise argparse.ArgumentTypeError(f"{unknown}; there are {', '.join(known)}")
+    return text.split(",")
+
+
 def _parse() -> argparse.Namespace:
     summary, _ = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary)
@@ -43,7 +50,7 @@ def _parse() -> argparse.Namespace:
     add("names", nargs="*", help=f"{', '.join(_GROUPS)}, growth, or a workload [all]")
     add("--small", action="store_true", help="tiny ones, to see that all works")
     add("--repeats", type=int, default=21, help="rounds at most [21]")
-    add("--libraries", nargs="+", help="those to take, as in the table [all]")
+    add("--libraries", type=_libraries, metavar="A,B", help="those to take [all]")
     add("--torch", metavar="PYTHON", help="an interpreter that has TorchDEQ")
     add("--json", type=Path, help="write the results; those of a run before are kept")
     add("--plot", type=Path, help="write a picture")
