@@ -12,9 +12,9 @@ from .report import LIBRARIES, ratio, Results
 
 _COLOURS = (
     *("#222222", "#8a8f98", "#1f5fa8", "#d9772b", "#3f8f5b", "#b04a7d"),
-    *("#7a5cab", "#b59410"),
+    *("#7a5cab", "#c1272d", "#b59410"),
 )
-_MARKERS = "sxo^vDP*"
+_MARKERS = "sxo^vDPX*"
 
 
 def plot(path: Path, results: Results) -> None:

@@ -8,7 +8,7 @@ Results = dict[str, Any]
 OURS = "equilax"
 LIBRARIES = (
     *("by hand", "unrolled", "Optimistix", "JAXopt", "banax", "anchorax"),
-    *("TorchDEQ", "SciPy"),
+    *("TorchDEQ", "PyTorch", "SciPy"),
 )
 TITLES = {
     "both": "solution and gradient",

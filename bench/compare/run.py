@@ -1,7 +1,9 @@
 """All contenders on one workload."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from . import count, floor
@@ -33,19 +35,34 @@ def _kinds(entry: Entry, work: Workload) -> tuple[str, ...]:
     return KINDS if work.update is not None else KINDS[:2]
 
 
+def _compile(all_compiled: list[Compiled], workers: int) -> None:
+    """At once what is no new program at each tolerance."""
+
+    def make(job: tuple[Compiled, str]) -> None:
+        compiled, kind = job
+        coarsest = compiled.workload.tolerances[0]
+        # What fails here fails again where it is recorded.
+        with contextlib.suppress(Exception):
+            compiled(kind, (coarsest, coarsest))
+
+    kinds = KINDS[:2]
+    jobs = [(c, k) for c in all_compiled if not c.contender.is_static for k in kinds]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(make, jobs))
+
+
 def _inside(
     work: Workload,
     contenders: Sequence[Contender],
     entries: dict[str, Entry],
     *,
     counted: Sequence[str] | None,
+    workers: int,
 ) -> Cases:
-    """**Arguments:**
-
-    - `counted`: The libraries of which the evaluations are counted, if not all.
-    """
     cases: Cases = {}
     all_compiled = [Compiled(contender, work) for contender in contenders]
+    if workers > 1:
+        _compile(all_compiled, workers)
     for compiled in progress(all_compiled, work.name):
         contender = compiled.contender
         entry = entries[contender.row] = fit(compiled)
@@ -54,10 +71,10 @@ def _inside(
         kinds = _kinds(entry, work)
         for kind in kinds:
             cases[contender.row, kind] = compiled(kind, tolerances)
-        if counted is None or contender.library in counted:
+        if counted is None or contender.row in counted:
             entry.evaluations = count.evaluations(compiled, tolerances)
-            if contender.library == "equilax" and "both" in kinds:
-                entry.products = count.products(compiled, tolerances)
+        if counted is None and contender.library == "equilax" and "both" in kinds:
+            entry.products = count.products(compiled, tolerances)
         if "both" in kinds:
             entry.compile_seconds = compiled.seconds["both"]
             entry.memory = compiled.memory("both", tolerances)
@@ -90,13 +107,23 @@ def run(
     *,
     repeats: int,
     counted: Sequence[str] | None = None,
+    workers: int = 1,
 ) -> dict[str, Any]:
-    """What the report and the regression guard read: in JSON's types."""
+    """**Arguments:**
+
+    - `counted`: The rows whose evaluations are counted. All, and the products of ours,
+        if `None`.
+    - `workers`: In how many threads to compile, where that itself is not measured.
+
+    **Returns:**
+
+    What the report and the regression guard read: in JSON's types.
+    """
     if work.is_single:  # The whole of it is the sample.
         contenders = [c for c in contenders if not c.is_whole]
     entries: dict[str, Entry] = {}
     with work.precision():
-        cases = _inside(work, contenders, entries, counted=counted)
+        cases = _inside(work, contenders, entries, counted=counted, workers=workers)
         for other in outsiders:
             entry = entries[other.row] = other.fit()
             for kind, case in other.cases(entry).items():

@@ -1,13 +1,15 @@
-"""TorchDEQ's side of the comparison, run by an interpreter that has it.
+"""PyTorch's side of the comparison, run by an interpreter that has it.
 
-    python torch_worker.py WORKLOAD.npz CELL MAX_STEPS SOLVER
+    python torch_worker.py WORKLOAD.npz CELL MAX_STEPS SOLVER DEVICE
 
 Reads a request a line from the standard input, `[what, forward, backward]`, and answers
 with a line. `forward`, `both` and `step` do the work once; `save` writes what it comes
 to; `["threads", number]` sets how many there are.
 """
 
+import importlib
 import importlib.metadata
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -15,7 +17,6 @@ from pathlib import Path
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
-from torchdeq import get_deq  # pyright: ignore[reportMissingImports]
 
 
 def tanh_cell(z, params, x):
@@ -57,12 +58,40 @@ CELLS = {
 }
 
 
+def _two_loops(fn, z0, max_steps, forward, backward):
+    """What people write: two loops and a hook."""
+
+    def iterate(step, z, tolerance):
+        for _ in range(max_steps):
+            last, z = z, step(z)
+            if torch.linalg.vector_norm(z - last) <= tolerance * z.norm():
+                break
+        return z
+
+    with torch.no_grad():
+        z = iterate(fn, z0, forward)
+    if not torch.is_grad_enabled():
+        return z
+    start = z.detach().requires_grad_()
+    image, value = fn(start), fn(z)
+
+    def hook(ct):
+        pull = lambda u: torch.autograd.grad(image, start, u, retain_graph=True)[0]
+        return iterate(lambda u: pull(u) + ct, ct, backward)
+
+    value.register_hook(hook)
+    return value
+
+
 class Worker:
-    def __init__(self, path: str, cell: str, max_steps: str, solver: str):
+    def __init__(self, path: str, cell: str, max_steps: str, solver: str, device: str):
+        # Full precision, as the others have it.
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_default_device(device)
         self.path, self.cell, self.solver = Path(path), CELLS[cell], solver
         self.max_steps = int(max_steps)
         with np.load(path) as data:
-            read = lambda name: torch.tensor(data[name])
+            read = lambda name: torch.tensor(data[name], device=device)
             num = sum(name.startswith("param") for name in data.files)
             self.params = [read(f"param{i}").requires_grad_() for i in range(num)]
             self.xs, self.cts = read("xs").requires_grad_(), read("cts")
@@ -71,7 +100,11 @@ class Worker:
         self.optimiser = torch.optim.AdamW(self.params, lr=1e-2, weight_decay=0.1)
 
     def _solve(self, forward: float, backward: float):
-        deq = get_deq(
+        fn = lambda z: self.cell(z, self.params, self.xs)
+        z0 = torch.zeros_like(self.cts)
+        if self.solver == "two loops":
+            return _two_loops(fn, z0, self.max_steps, forward, backward)
+        deq = importlib.import_module("torchdeq").get_deq(
             ift=True,
             f_solver=self.solver,
             b_solver=self.solver,
@@ -83,8 +116,7 @@ class Worker:
             b_stop_mode="rel",
         )
         deq.train()
-        fn = lambda z: self.cell(z, self.params, self.xs)
-        return deq(fn, torch.zeros_like(self.cts))[0][-1]
+        return deq(fn, z0)[0][-1]
 
     def forward(self, forward, backward):
         with torch.no_grad():
@@ -114,21 +146,26 @@ class Worker:
             for param, old in zip(self.params, before, strict=True):
                 param.copy_(old)
 
-    def answer(self, what, *tolerances):
+    def answer(self, what, *numbers):
         if what == "version":
-            versions = [importlib.metadata.version(n) for n in ("torchdeq", "torch")]
-            return f"TorchDEQ {versions[0]}, torch {versions[1]}"
+            return _versions()
         if what == "threads":
-            torch.set_num_threads(int(tolerances[0]))
+            torch.set_num_threads(int(numbers[0]))
         elif what == "save":
-            zs, grads = self.both(*tolerances)
-            arrays = {f"grad{i}": g.numpy() for i, g in enumerate(grads)}
-            np.savez(
-                self.path.with_name("result.npz"), zs=zs.detach().numpy(), **arrays
-            )
+            zs, grads = self.both(*numbers)
+            arrays = {f"grad{i}": g.cpu().numpy() for i, g in enumerate(grads)}
+            path = self.path.with_name("result.npz")
+            np.savez(path, zs=zs.detach().cpu().numpy(), **arrays)
         else:
-            getattr(self, what)(*tolerances)
+            getattr(self, what)(*numbers)
+        if self.xs.is_cuda:
+            torch.cuda.synchronize()
         return None
+
+
+def _versions() -> str:
+    names = [n for n in ("torchdeq", "torch") if importlib.util.find_spec(n)]
+    return ", ".join(f"{n} {importlib.metadata.version(n)}" for n in names)
 
 
 def main() -> None:
