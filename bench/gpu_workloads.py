@@ -4,6 +4,7 @@ import importlib.util
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 
@@ -58,10 +59,11 @@ def workloads(small: bool) -> Iterator[dict]:
     made = all_workloads(small)
     # Not the rounded products of a GPU's default, with which no tolerance is reached.
     # In no context: programs are compiled in threads, which would not be in it.
-    before = jax.config.jax_default_matmul_precision
-    jax.config.update("jax_default_matmul_precision", "highest")
+    config: Any = jax.config
+    before = config.jax_default_matmul_precision
+    config.update("jax_default_matmul_precision", "highest")
     try:
         for name in _NAMES:
             yield _row(name, made[name](), 3 if small else 15)
     finally:
-        jax.config.update("jax_default_matmul_precision", before)
+        config.update("jax_default_matmul_precision", before)

@@ -57,10 +57,10 @@ class Compiled:
 
     def __init__(self, peer: Contender, args):
         def solve(tolerances, w, xs):
+            fn, (before, after) = _whole if peer.is_whole else cell, tolerances
+            run = peer.make(fn, before, after, MAX_STEPS)
             if peer.is_whole:
-                run = peer.make(_whole, *tolerances, MAX_STEPS)
                 return run(jnp.zeros_like(xs), (w, xs))
-            run = peer.make(cell, *tolerances, MAX_STEPS)
             return jax.vmap(lambda x: run(jnp.zeros_like(x), (w, x)))(xs)
 
         def forward(tolerances, *args):

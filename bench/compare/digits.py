@@ -53,7 +53,7 @@ def digits(small: bool) -> Workload:
     params, static = eqx.partition(model, eqx.is_inexact_array)
     optimiser = example.make_optimiser(1000)
 
-    def affine(z, args):  # By this name in PyTorch too.
+    def cell(z, args):
         params, x = args
         return eqx.combine(params, static).layer.cell(z, x)
 
@@ -69,11 +69,12 @@ def digits(small: bool) -> Workload:
     return Workload(
         "digits",
         f"a step of training on digits, {features} features, {batch} images",
-        affine,
+        cell,
         params,
         images,
         np.zeros((batch, features)),
         head=head,
+        torch_cell="affine",
         labels=labels,
         update=update,
         memory=optimiser.init(params),

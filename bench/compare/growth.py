@@ -30,7 +30,7 @@ class Axis:
     values: tuple[float, ...]
 
 
-_BASE = {"gain": 0.9, "size": 64, "batch": 16}
+_BASE: dict[str, Any] = {"gain": 0.9, "size": 64, "batch": 16}
 _AXES = (
     Axis("batch", "samples", (1, 16, 256, 4096)),
     Axis("size", "unknowns", (16, 64, 256, 1024)),
@@ -43,7 +43,7 @@ _SMALL = (
 
 
 def _workload(axis: Axis, value: float, small: bool) -> Workload:
-    base = _BASE | ({"size": 8, "batch": 2} if small else {}) | {axis.name: value}
+    base = {**_BASE, **({"size": 8, "batch": 2} if small else {}), axis.name: value}
     return tanh(**base, target=_TARGET, max_steps=30_000)
 
 

@@ -9,10 +9,10 @@ from matplotlib.figure import Figure
 from .growth import LIBRARIES
 
 
-_COLOURS = dict(
+_COLOURS: dict[str, str] = dict(
     zip(LIBRARIES, ("#c1272d", "#222222", "#d9772b", "#1f5fa8"), strict=True)
 )
-_MARKERS = dict(zip(LIBRARIES, "osD^", strict=True))
+_MARKERS: dict[str, str] = dict(zip(LIBRARIES, "osD^", strict=True))
 _MEASURES = {
     "forward": ("solution, ms", 1.0),
     "both": ("with gradient, ms", 1.0),
@@ -23,7 +23,7 @@ _MEASURES = {
 
 def plot(path: Path, points: list[dict[str, Any]]) -> None:
     columns = list(dict.fromkeys(point["axis"] for point in points))
-    figure = Figure(figsize=(3.2 * len(columns) + 0.6, 8.6), layout="constrained")
+    figure = Figure(figsize=(2.9 * len(columns) + 0.6, 7.6), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(
         len(_MEASURES), len(columns), sharex="col", sharey="row", squeeze=False
@@ -43,7 +43,7 @@ def plot(path: Path, points: list[dict[str, Any]]) -> None:
     figure.legend(
         handles, labels, loc="outside lower center", ncols=len(LIBRARIES), frameon=False
     )
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=72, pil_kwargs={"optimize": True})
 
 
 def _line(ax: Any, points: list[dict[str, Any]], library: str, measure: str, scale):

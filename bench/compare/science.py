@@ -16,12 +16,21 @@ from .workload import DOUBLE, Workload
 
 
 _TARGET = 1e-8
+# What differs in name, or has none, in `torch_cells.py`.
+_TORCH = {"mixed_tree": "", "complex": "complex_exponential"}
+_LINEAR = ("linear", "expanding", "non_normal", "poisson", "pagerank")
 _FEW = ("cosine", "mixed_tree", "complex")
 
 
 def _cotangent(rng, y) -> np.ndarray:
     ct = rng.normal(size=np.shape(y))
     return ct + 1j * rng.normal(size=np.shape(y)) if np.iscomplexobj(y) else ct
+
+
+def _torch_cell(name: str) -> str:
+    if name.startswith(_LINEAR):
+        return "linear"
+    return _TORCH.get(name, "tanh" if name.startswith("tanh") else name)
 
 
 def _describe(y0: Any) -> str:
@@ -47,6 +56,7 @@ def _workload(name: str) -> Workload:
         is_single=True,
         start=problem.y0,
         solutions=problem.expected,
+        torch_cell=_torch_cell(name),
         dtype=None,
         tolerances=DOUBLE,
     )

@@ -19,8 +19,6 @@ from .workload import Workload
 
 # Those of TorchDEQ, and what people write without it.
 SOLVERS = ("anderson", "broyden", "fixed_point_iter", "two loops")
-# What `torch_worker.py` has.
-_CELLS = ("tanh_cell", "scaled_cell", "convolution", "transformer", "affine")
 
 
 class TorchPeer:
@@ -34,12 +32,17 @@ class TorchPeer:
         self.process: Any = None
 
     def _start(self) -> None:
-        workload, cell = self.workload, self.workload.cell.__name__
+        workload, cell = self.workload, self.workload.torch_cell
         path = Path(self.folder.name) / "workload.npz"
         params = jax.tree.leaves(workload.params)
-        arrays: Any = {f"param{i}": np.float32(x) for i, x in enumerate(params)}
-        arrays |= {"xs": np.float32(workload.xs), "cts": np.float32(workload.cts)}
-        np.savez(path, labels=workload.labels, **arrays)
+        arrays: Any = {f"param{i}": x for i, x in enumerate(params)}
+        add_axis = lambda x: x[None] if workload.is_single else x
+        arrays |= {"cts": add_axis(workload.cts), "start": add_axis(workload.starts())}
+        if not workload.is_single:
+            arrays["xs"] = workload.xs
+        cast = lambda x: np.asarray(x, workload.dtype)
+        cast_all: Any = {name: cast(x) for name, x in arrays.items()}
+        np.savez(path, labels=workload.labels, **cast_all)
         script = str(Path(__file__).with_name("torch_worker.py"))
         device = "cuda" if jax.default_backend() == "gpu" else "cpu"
         options = [str(path), cell, str(workload.max_steps), self.solver, device]
@@ -62,12 +65,14 @@ class TorchPeer:
         with np.load(Path(self.folder.name) / "result.npz") as result:
             leaves = [result[f"grad{i}"] for i in range(len(result.files) - 1)]
             value = self.workload.value_error(result["zs"])
+        if not self.workload.has_gradient:
+            return value, 0.0
         return value, self.workload.gradient_error(tuple(leaves))
 
     def fit(self) -> Entry:
         entry = Entry(self.library)
-        if getattr(self.workload.cell, "__name__", "") not in _CELLS:
-            entry.reason = "its cell is not written in PyTorch"
+        if not self.workload.torch_cell:
+            entry.reason = "a state of several dtypes, which it would make one of"
             return entry
         try:
             self._start()
@@ -87,21 +92,25 @@ class TorchPeer:
         else:
             entry.reason = f"never within {target:.0e} (best {best:.0e})"
             return entry
-        for backward in grid:  # Ends with that of the forward solve at the latest.
-            errors = self._errors((tolerance, backward))
-            if max(errors) <= target:
+        tolerances = (tolerance, tolerance)
+        for backward in grid:
+            looser = self._errors((tolerance, backward))
+            if max(looser) <= target:
+                tolerances, errors = (tolerance, backward), looser
                 break
-        entry.tolerances = tolerances = (tolerance, backward)
+        entry.tolerances = tolerances
         entry.value_error, entry.gradient_error = errors
+        if not self.workload.has_gradient:
+            entry.gradient_error, entry.reason = None, "nothing to differentiate in"
         entry.threads = self._choose_threads(tolerances)
         return entry
 
     def _choose_threads(self, tolerances: Tolerances) -> int:
-        """One, or all: whichever is the quicker with the gradient."""
+        """One, or all: whichever is the quicker, with the gradient if there is one."""
         times = {}
         for number in dict.fromkeys((1, os.cpu_count() or 1)):
             self.ask("threads", number)
-            self.ask("both", *tolerances)
+            self._seconds(tolerances)
             times[number] = statistics.median(
                 self._seconds(tolerances) for _ in range(5)
             )
@@ -110,16 +119,18 @@ class TorchPeer:
         return best
 
     def _seconds(self, tolerances: Tolerances) -> float:
+        kind = "both" if self.workload.has_gradient else "forward"
         start = time.perf_counter()
-        self.ask("both", *tolerances)
+        self.ask(kind, *tolerances)
         return time.perf_counter() - start
 
     def cases(self, entry: Entry) -> dict[str, Callable[[], Any]]:
         if (tolerances := entry.tolerances) is None:
             return {}
-        kinds = ["forward", "both"]
+        forward, backward = tolerances
+        kinds = ["forward", "both"] if self.workload.has_gradient else ["forward"]
         kinds += ["step"] if self.workload.update is not None else []
-        return {k: lambda k=k: self.ask(k, *tolerances) for k in kinds}
+        return {k: lambda k=k: self.ask(k, forward, backward) for k in kinds}
 
     def close(self) -> None:
         if self.process is not None:

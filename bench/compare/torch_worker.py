@@ -17,45 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
 import torch.nn.functional as F  # pyright: ignore[reportMissingImports]
-
-
-def tanh_cell(z, params, x):
-    return torch.tanh(z @ params[0].T + x)
-
-
-def scaled_cell(z, params, x):
-    return torch.tanh(x[:, :1] * (z @ params[0].T) + x[:, 1:])
-
-
-def affine(z, params, x):
-    weight, injection, bias = params[:3]
-    return torch.tanh(z @ weight.T + x @ injection.T + bias)
-
-
-def convolution(z, params, x):
-    kernel, mixing = params
-    image = F.conv2d(z.permute(0, 3, 1, 2), kernel.permute(3, 2, 0, 1), padding=1)
-    return torch.tanh(image.permute(0, 2, 3, 1) + x @ mixing)
-
-
-def _normalise(z):
-    return F.layer_norm(z, z.shape[-1:], eps=1e-5)
-
-
-def transformer(z, params, x):
-    down, key, output, query, up, value = params  # By name, as JAX flattens them.
-    batch, length, width = z.shape
-    split = lambda w: (z @ w).view(batch, length, 4, -1).transpose(1, 2)
-    mixed = F.scaled_dot_product_attention(
-        split(query), split(key), split(value), is_causal=True
-    )
-    h = _normalise(x + mixed.transpose(1, 2).reshape(z.shape) @ output)
-    return _normalise(h + torch.tanh(h @ up) @ down)
-
-
-CELLS = {
-    f.__name__: f for f in (tanh_cell, scaled_cell, convolution, transformer, affine)
-}
+import torch_cells
 
 
 def _two_loops(fn, z0, max_steps, forward, backward):
@@ -88,20 +50,26 @@ class Worker:
         # Full precision, as the others have it.
         torch.backends.cudnn.allow_tf32 = False
         torch.set_default_device(device)
-        self.path, self.cell, self.solver = Path(path), CELLS[cell], solver
+        self.path, self.solver = Path(path), solver
+        self.cell = getattr(torch_cells, cell)
         self.max_steps = int(max_steps)
         with np.load(path) as data:
             read = lambda name: torch.tensor(data[name], device=device)
             num = sum(name.startswith("param") for name in data.files)
             self.params = [read(f"param{i}").requires_grad_() for i in range(num)]
-            self.xs, self.cts = read("xs").requires_grad_(), read("cts")
+            has_xs = "xs" in data.files
+            self.xs = read("xs").requires_grad_() if has_xs else None
+            self.start, self.cts = read("start"), read("cts")
             self.labels = read("labels").long()
+        self.moving = [*self.params, *([self.xs] if has_xs else [])]
         # As the example has it.
-        self.optimiser = torch.optim.AdamW(self.params, lr=1e-2, weight_decay=0.1)
+        self.optimiser = torch.optim.AdamW(
+            self.params or [self.start], lr=1e-2, weight_decay=0.1
+        )
 
     def _solve(self, forward: float, backward: float):
         fn = lambda z: self.cell(z, self.params, self.xs)
-        z0 = torch.zeros_like(self.cts)
+        z0 = self.start
         if self.solver == "two loops":
             return _two_loops(fn, z0, self.max_steps, forward, backward)
         deq = importlib.import_module("torchdeq").get_deq(
@@ -124,13 +92,13 @@ class Worker:
 
     def _loss(self, zs):
         if len(self.labels) == 0:
-            return (zs * self.cts).sum()
+            return (zs * self.cts).real.sum()
         weight, bias = self.params[3:]
         return F.cross_entropy(zs @ weight.T + bias, self.labels)
 
     def both(self, forward, backward):
         zs = self._solve(forward, backward)
-        return zs, torch.autograd.grad(self._loss(zs), [*self.params, self.xs])
+        return zs, torch.autograd.grad(self._loss(zs), self.moving)
 
     def step(self, forward, backward):
         """Of the optimiser, then back to where the cell contracts, and undone."""
@@ -152,13 +120,16 @@ class Worker:
         if what == "threads":
             torch.set_num_threads(int(numbers[0]))
         elif what == "save":
-            zs, grads = self.both(*numbers)
-            arrays = {f"grad{i}": g.cpu().numpy() for i, g in enumerate(grads)}
-            path = self.path.with_name("result.npz")
-            np.savez(path, zs=zs.detach().cpu().numpy(), **arrays)
+            zs, grads = (
+                self.both(*numbers) if self.moving else (self.forward(*numbers), ())
+            )
+            # PyTorch's gradient of complex numbers is the conjugate of JAX's.
+            host = lambda x: x.detach().cpu().resolve_conj().numpy()
+            arrays = {f"grad{i}": host(g.conj()) for i, g in enumerate(grads)}
+            np.savez(self.path.with_name("result.npz"), zs=host(zs), **arrays)
         else:
             getattr(self, what)(*numbers)
-        if self.xs.is_cuda:
+        if self.cts.is_cuda:
             torch.cuda.synchronize()
         return None
 

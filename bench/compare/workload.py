@@ -36,6 +36,7 @@ class Workload:
     - `start`: Where to begin, if not at zero.
     - `solutions`: In float64, where they are known without a solve.
     - `head`: `(zs, params)` to a loss, if it is not linear.
+    - `torch_cell`: The name of the cell in `torch_cells.py`, if it is there.
     - `labels`: What a head for classes compares with.
     - `update`, `memory`: A step of an optimiser, `(params, grads, memory)` to new
         parameters and a new memory, and that at the start.
@@ -56,6 +57,7 @@ class Workload:
     start: Tree = None
     solutions: Tree = None
     head: Callable[[Any, Any], jax.Array] | None = None
+    torch_cell: str = ""
     labels: np.ndarray = dataclasses.field(
         default_factory=lambda: np.zeros(0, np.int32)
     )
@@ -127,7 +129,8 @@ class Workload:
     def value_error(self, zs: Tree) -> float:
         """That of the worst sample."""
         got, true = self._rows(zs), self._rows(self.truth[0])
-        errors = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
+        with np.errstate(all="ignore"):  # What diverges overflows.
+            errors = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
         return _or_infinite(np.max(errors))
 
     def gradient_error(self, grads: Tree) -> float:
@@ -136,11 +139,12 @@ class Workload:
         num, true = len(jax.tree.leaves(self.params)), self.truth[1]
         pairs = list(zip(got, true, strict=True))
         size = lambda leaves: np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in leaves))
-        errors = [
-            size([a - b for a, b in part]) / size([b for _, b in part])
-            for part in (pairs[:num], pairs[num:])
-            if any(np.any(b) for _, b in part)
-        ]
+        with np.errstate(all="ignore"):
+            errors = [
+                size([a - b for a, b in part]) / size([b for _, b in part])
+                for part in (pairs[:num], pairs[num:])
+                if any(np.any(b) for _, b in part)
+            ]
         return _or_infinite(max(errors))
 
 
