@@ -1,243 +1,108 @@
-"""Kernels on one GPU: right, how fast, and how near to what the card can do.
+"""All that one GPU is asked, in one run of under eight minutes.
 
-`PYTHONPATH=src:kernels python -m bench.gpu` needs jax, equinox, lineax and jaxtyping
-alone, and takes under eight minutes. What it has found stands in `--out FOLDER` after
-each section, in a file named after the card. `--small` is for a look without a GPU.
+    PYTHONPATH=src:kernels python -m bench.gpu --json gpu.json
+
+Kernels: right, against XLA's loops, of the roofline, by block sizes. The workloads of
+`python -m bench` from the uniform to the convolutional one, against what is installed
+of Optimistix, PyTorch and TorchDEQ. Needs jax, equinox, lineax and jaxtyping alone.
+What is found is written after each row, so that a run that is cut short has told what
+it knew. `--small` is for a look without a GPU.
 """
 
 import argparse
-import functools as ft
 import json
-import re
-import statistics
+import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import equilax as eqlx
-import equinox as eqx
 import jax
-import jax.numpy as jnp
-import jax.random as jr
-import numpy as np
-from equilax import nn
-from equilax_kernels import affine_fixed_point
-from equilax_kernels.affine_fixed_point import triton
-from equilax_kernels.affine_fixed_point.rules import Knobs, Settings
-from equilax_kernels.affine_fixed_point.triton_plan import Plan, plan_of
-from jax import lax
+
+from .compare import report
+from .compare.libraries import versions
+from .gpu_kernels import block_sizes, correctness, layers, rooflines, TOLERANCE
+from .gpu_workloads import workloads
 
 
-_SECONDS = 450
-_TOLERANCE = 1e-4
-_HIGHEST = lax.Precision.HIGHEST
+# The second by which each section ends; what one leaves the next ones have.
+_SECTIONS: dict[Callable[[bool], Iterator[dict]], float] = {
+    correctness: 80.0,
+    rooflines: 120.0,
+    workloads: 330.0,
+    layers: 410.0,
+    block_sizes: 450.0,
+}
 
 
-def _milliseconds(cases: dict[str, Callable[[], Any]], repeats: int = 15) -> dict:
-    """Medians, the cases taking turns; `None` for what does not run, with its error."""
-    alive: dict[str, Callable[[], Any]] = {}
-    found: dict[str, Any] = {}
-    for name, run in cases.items():
+def _parse() -> argparse.Namespace:
+    summary, _ = (__doc__ or "").split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=summary)
+    add = parser.add_argument
+    names = [section.__name__ for section in _SECTIONS]
+    add("sections", nargs="*", help=f"of {', '.join(names)} [all]")
+    add("--json", type=Path, default=Path("gpu.json"), help="[gpu.json]")
+    add("--small", action="store_true", help="tiny sizes, for a CPU")
+    args = parser.parse_args()
+    if unknown := set(args.sections) - set(names):
+        parser.error(f"unknown {', '.join(unknown)}; there are {', '.join(names)}")
+    return args
+
+
+def _show(row: dict[str, Any]) -> str:
+    """A line: of a workload no more than the ratios."""
+    shown = {k: v for k, v in row.items() if k not in ("rows", "what")}
+    return json.dumps(shown)
+
+
+def _run(args: argparse.Namespace, found: dict[str, Any], start: float) -> None:
+    for section, end in _SECTIONS.items():
+        name = section.__name__
+        if args.sections and name not in args.sections:
+            continue
+        rows = found[name] = []
+        found["unfinished"].append(name)
         try:
-            jax.block_until_ready(run())
-            alive[name] = run
-        except Exception as error:
-            found[name] = f"{type(error).__name__}: {error}"[:300]
-    times: dict[str, list[float]] = {name: [] for name in alive}
-    for _ in range(repeats):
-        for name, run in alive.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1e3 * (time.perf_counter() - start))
-    return found | {name: statistics.median(t) for name, t in times.items()}
-
-
-def _problem(rows: int, d: int, dtype: Any, gain: float = 0.8, slow: int = 0):
-    """Weights of norm `gain`, and rows of which the last `slow` take far longer."""
-    w_key, u_key = jr.split(jr.key(0))
-    weight = jr.normal(w_key, (d, d), jnp.float32)
-    weight = gain * weight / jnp.linalg.norm(weight, 2)
-    # What saturates is quick: its slope is small.
-    size = jnp.where(jnp.arange(rows) < rows - slow, 4.0, 0.3)
-    u = size[:, None] * jr.normal(u_key, (rows, d), jnp.float32)
-    return weight.astype(dtype), u.astype(dtype)
-
-
-def _options(m: int) -> dict[str, Any]:
-    return {
-        "activation": jnp.tanh,
-        "rtol": 0.0,
-        "atol": _TOLERANCE,
-        "max_steps": 300,
-        "history_length": m,
-    }
-
-
-def correctness(small: bool) -> Iterator[dict]:
-    """Values against an iteration in float64, and statuses, on random data."""
-    for d in (1, 20, 32, 50, 64, 100, 128):
-        for m, dtype in ((0, jnp.float32), (5, jnp.float32), (0, jnp.bfloat16)):
-            rows = 37 if small else 1001
-            weight, u = _problem(rows, d, dtype)
-            precision = _HIGHEST if dtype == jnp.float32 else None
-            out = affine_fixed_point(
-                weight, u, 0 * u, precision=precision, **_options(m)
-            )
-            w64, u64 = (np.asarray(x, np.float64) for x in (weight, u))
-            z = np.zeros_like(u64)
-            for _ in range(200):
-                z = np.tanh(z @ w64.T + u64)
-            yield {
-                "d": d,
-                "history": m,
-                "dtype": jnp.dtype(dtype).name,
-                "error": float(np.abs(np.asarray(out.value, np.float64) - z).max()),
-                "unsuccessful": int(jnp.sum(out.status != 0)),
-                "steps": int(jnp.max(out.num_steps)),
-            }
-
-
-def _layer(d: int, m: int, fuse: bool) -> nn.FixedPointLayer:
-    cell = nn.AffineCell(d, d, dtype=jnp.float32, key=jr.key(1))
-    weight, _ = _problem(1, d, jnp.float32)
-    eye = jnp.eye(d, dtype=jnp.float32)
-    parts = lambda c: (c.weight, c.injection)
-    cell = eqx.tree_at(parts, cell, (weight, eye))
-    solver: Any = eqlx.FixedPointIteration(0.0, _TOLERANCE)
-    if m > 0:
-        solver = eqlx.Anderson(0.0, _TOLERANCE, history_length=m)
-    return nn.FixedPointLayer(cell, solver, fuse=fuse)
-
-
-def layers(small: bool) -> Iterator[dict]:
-    """A layer by its kernels against XLA's loops, forward and with the gradient."""
-    for d, rows, slow in (
-        (32, 4096, 0),
-        (64, 4096, 0),
-        (128, 256, 0),
-        (128, 4096, 0),
-        (128, 4096, 8),
-        (128, 65536, 0),
-    ):
-        rows = 16 if small else rows
-        _, u = _problem(rows, d, jnp.float32, slow=slow)
-        for m in (0, 5):
-            cases: dict[str, Callable[[], Any]] = {}
-            for fuse in (True, False):
-                arrays, static = eqx.partition(_layer(d, m, fuse), eqx.is_array)
-
-                def loss(arrays, u, static=static):
-                    return jnp.sum(jax.vmap(eqx.combine(arrays, static))(u) ** 2)
-
-                forward = ft.partial(jax.jit(loss), arrays, u)
-                both = ft.partial(jax.jit(jax.value_and_grad(loss)), arrays, u)
-                name = "kernel" if fuse else "loop"
-                cases |= {f"{name} forward": forward, f"{name} both": both}
-            yield {"d": d, "rows": rows, "slow": slow, "history": m} | _milliseconds(
-                cases
-            )
-
-
-def _evaluations(weight, u, num: int):
-    """The floor: so many evaluations of the cell, and nothing else."""
-    step = lambda _, z: jnp.tanh(
-        lax.dot_general(z, weight, (((1,), (1,)), ((), ())), precision=_HIGHEST) + u
-    )
-    return lax.fori_loop(0, num, step, jnp.zeros_like(u))
-
-
-def rooflines(small: bool) -> Iterator[dict]:
-    """Operations and bytes a second, against those of a product and of a copy."""
-    n = 256 if small else 8192
-    square = jnp.ones((n, n), jnp.float32)
-    big = jnp.ones(1 << (16 if small else 28), jnp.float32)
-    product = jax.jit(lambda a: jnp.matmul(a, a, precision=_HIGHEST))
-    peak = _milliseconds({"product": lambda: product(square), "copy": lambda: big + 1})
-    flops, bytes_ = 2 * n**3 / peak["product"], 2 * 4 * big.size / peak["copy"]
-    yield {"teraflops": flops / 1e9, "gigabytes a second": bytes_ / 1e6}
-    for d in (32, 64, 128):
-        rows = 64 if small else 65536
-        weight, u = _problem(rows, d, jnp.float32)
-        solve = jax.jit(
-            lambda w, u: affine_fixed_point(
-                w, u, jnp.zeros_like(u), precision=_HIGHEST, **_options(0)
-            )
-        )
-        steps = solve(weight, u).num_steps
-        floor = jax.jit(ft.partial(_evaluations, num=int(jnp.max(steps)) + 1))
-        cases = {
-            "kernel": ft.partial(solve, weight, u),
-            "evaluations alone": ft.partial(floor, weight, u),
-        }
-        times = _milliseconds(cases)
-        work = 2 * d * d * float(jnp.sum(steps + 1)) / times["kernel"]
-        moved = 4 * (2 * u.size + u.size) / times["kernel"]
-        yield (
-            {"d": d, "rows": rows}
-            | times
-            | {
-                "of the operations of a product": work / flops,
-                "of the bytes of a copy": moved / bytes_,
-            }
-        )
-
-
-def block_sizes(small: bool) -> Iterator[dict]:
-    """The tiles and warps that there are, and the ones that the kernel takes."""
-    for d, m in ((32, 0), (64, 0), (128, 0), (64, 5), (128, 5)):
-        rows = 64 if small else 16384
-        weight, u = _problem(rows, d, jnp.float32)
-        settings = Settings(jnp.tanh, 300, m, False, _HIGHEST)
-        chosen = plan_of(d, jnp.dtype(jnp.float32), settings)
-        knobs = Knobs(*map(jnp.float32, (0.0, _TOLERANCE, 0.0, 1e-10, 2.0)))
-
-        def run(plan, weight=weight, u=u, settings=settings, knobs=knobs):
-            solve = ft.partial(triton.affine_fixed_point, settings=settings, plan=plan)
-            return ft.partial(jax.jit(solve), weight, u, 0 * u, None, knobs)
-
-        cases = {
-            f"{tile} rows, {warps} warps": run(Plan(tile, warps, d))
-            for tile in (4, 8, 16, 32, 64)
-            for warps in (4, 8, 16)
-            if tile * d <= 4096
-        }
-        if small:  # No compiler for a GPU.
-            cases = {}
-        taken = (
-            None if chosen is None else f"{chosen.tile} rows, {chosen.num_warps} warps"
-        )
-        yield {"d": d, "history": m, "taken": taken} | _milliseconds(cases, 7)
+            for row in section(args.small):
+                rows.append(row)
+                print(name, _show(row), flush=True)
+                found["seconds"] = round(time.perf_counter() - start, 1)
+                args.json.write_text(json.dumps(found, indent=1) + "\n")
+                if found["seconds"] > end:
+                    print(f"{name}: stopped after {found['seconds']} s.", flush=True)
+                    break
+            else:
+                found["unfinished"].remove(name)
+        except Exception as error:  # The others are still to be told.
+            found["errors"][name] = f"{type(error).__name__}: {error}"[:500]
+            print(name, found["errors"][name], flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
-    parser.add_argument("--small", action="store_true", help="tiny sizes, for a CPU")
-    args = parser.parse_args()
+    args = _parse()
     device, start = jax.devices()[0], time.perf_counter()
     if device.platform != "gpu" and not args.small:
         raise SystemExit(f"There is no GPU here, but {device.device_kind}: `--small`?")
     found: dict[str, Any] = {
         "card": device.device_kind,
-        "jax": jax.__version__,
-        "equilax": eqlx.__version__,
-        "tolerance": _TOLERANCE,
+        "versions": {"equilax": eqlx.__version__, **versions()},
+        "tolerance": TOLERANCE,
+        "unfinished": [],
+        "errors": {},
     }
-    args.out.mkdir(parents=True, exist_ok=True)
-    name = re.sub(r"\W+", "-", device.device_kind.lower()).strip("-")
-    path = args.out / f"gpu-{name}.json"
-    for section in (correctness, layers, rooflines, block_sizes):
-        rows = found[section.__name__] = []
-        for row in section(args.small):
-            rows.append(row)
-            print(section.__name__, json.dumps(row), flush=True)
-            found["seconds"] = round(time.perf_counter() - start, 1)
-            path.write_text(json.dumps(found, indent=1) + "\n")
-            if time.perf_counter() - start > _SECONDS:
-                raise SystemExit(f"Stopped after {_SECONDS} s; see {path}.")
-    print(f"{found['seconds']} s; see {path}.")
+    args.json.parent.mkdir(parents=True, exist_ok=True)
+    _run(args, found, start)
+    found["seconds"] = round(time.perf_counter() - start, 1)
+    args.json.write_text(json.dumps(found, indent=1) + "\n")
+    table = {row["workload"]: row for row in found.get("workloads", [])}
+    for kind in ("both", "forward") if table else ():
+        print(f"\n{report.TITLES[kind]}\n\n{report.summary(table, kind)}")
+    print(f"\n{found['seconds']} s; unfinished: {found['unfinished'] or 'none'}")
+    print(f"errors: {found['errors'] or 'none'}; see {args.json}.")
 
 
 if __name__ == "__main__":
+    # PyTorch has its share of the memory.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     main()

@@ -6,18 +6,23 @@ side by side with ours.
 
 from collections.abc import Callable
 
+import equilax as eqlx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from .gradient_cell import Case, loss
-from .gradient_layers import all_peers, OURS, Peer
+from .compare.contender import Contender
+from .compare.libraries import all_contenders, versions
+from .compare.ours import by_equilax
+from .gradient_cell import Case, cell, loss
 from .timing import compare
 
 
 TARGET = 1e-5
+MAX_STEPS = 500
+OURS = "equilax, Anderson"
 _TOLERANCES = tuple(10 ** (-k / 2) for k in range(6, 15))
 _COLUMNS = (
     "tolerances",
@@ -31,12 +36,35 @@ _COLUMNS = (
 )
 
 
+def _whole(zs, args):
+    w, xs = args
+    return jnp.tanh(zs @ w.T + xs)
+
+
+def _peers() -> dict[str, Contender]:
+    """Those of `python -m bench` that have a gradient to solve for, and one more."""
+    make = by_equilax(eqlx.Anderson, batch_axis=0)
+    one = Contender(
+        "equilax", "Anderson, batch_axis", make, is_whole=True, is_tied=True
+    )
+    found = [c for c in all_contenders() if not c.reason and c.library != "unrolled"]
+    ours_first = sorted([*found, one], key=lambda c: c.library != "equilax")
+    return {c.row: c for c in ours_first}
+
+
 class Compiled:
     """A peer's forward pass and gradient, functions of its tolerances."""
 
-    def __init__(self, peer: Peer, args):
+    def __init__(self, peer: Contender, args):
+        def solve(tolerances, w, xs):
+            fn, (before, after) = _whole if peer.is_whole else cell, tolerances
+            run = peer.make(fn, before, after, MAX_STEPS)
+            if peer.is_whole:
+                return run(jnp.zeros_like(xs), (w, xs))
+            return jax.vmap(lambda x: run(jnp.zeros_like(x), (w, x)))(xs)
+
         def forward(tolerances, *args):
-            return loss(peer.solve(*tolerances))(*args)
+            return loss(lambda w, xs: solve(tolerances, w, xs))(*args)
 
         gradient = jax.value_and_grad(forward, (1, 2))
         static = (0,) if peer.is_static else ()
@@ -59,7 +87,9 @@ class Compiled:
             return (np.inf, np.inf)
 
 
-def _coarsest(case: Case, peer: Peer, compiled: Compiled) -> tuple[float, float] | None:
+def _coarsest(
+    case: Case, peer: Contender, compiled: Compiled
+) -> tuple[float, float] | None:
     """The coarsest tolerance with which the gradient is good, then that backwards."""
     is_good = lambda *pair: max(compiled.errors(case, pair)) <= TARGET
     # Those that are static cost a compilation each.
@@ -84,7 +114,8 @@ def _row(tolerances, errors, times: dict[str, float]) -> list[str]:
 
 def print_peers(case: Case, *, gain: float, repeats: int) -> None:
     args = case.arrays(jnp.float32)
-    peers = all_peers()
+    print(", ".join(f"{k} {v or 'is not installed'}" for k, v in versions().items()))
+    peers = _peers()
     print(f"\n| gain {gain}, float32 | " + " | ".join(_COLUMNS) + " |")
     print("|---" * (1 + len(_COLUMNS)) + "|")
     ours = Compiled(peers[OURS], args)

@@ -1,5 +1,6 @@
 """Side by side in one process: medians after warm-up, with compilation apart."""
 
+import os
 import platform
 import statistics
 import time
@@ -14,20 +15,28 @@ from tqdm import tqdm
 def describe() -> str:
     """The device and the versions that belong to a number."""
     device = jax.devices()[0]
+    here = machine()
     return (
         f"equilax {eqlx.__version__}, jax {jax.__version__}, "
-        f"Python {platform.python_version()}, {len(jax.devices())} x "
-        f"{device.device_kind} ({_processor()})"
+        f"Python {here['Python']}, {len(jax.devices())} x "
+        f"{device.device_kind} ({here['cores']} cores of {here['processor']})"
     )
 
 
-def _processor() -> str:
+def machine() -> dict[str, Any]:
+    """What a time depends on besides the libraries."""
     try:
         with open("/proc/cpuinfo") as file:
             lines = [line for line in file if line.startswith("model name")]
     except OSError:
-        return platform.processor()
-    return f"{len(lines)} cores of {lines[0].split(':')[1].strip()}"
+        lines = []
+    name = lines[0].split(":")[1].strip() if lines else platform.processor()
+    return {
+        "cores": len(lines) or os.cpu_count(),
+        "device": jax.devices()[0].device_kind,
+        "processor": name,
+        "Python": platform.python_version(),
+    }
 
 
 def compare(

@@ -16,6 +16,7 @@ class Contender:
     - `is_whole`: Whether a batch is one problem to it, and not each sample.
     - `is_static`: Whether its tolerances are constants of a program.
     - `is_tied`: Whether it has no tolerance of its own backwards.
+    - `is_exempt`: Whether it is timed as it is, whatever its error.
     - `reason`: Why it has no gradient, if so.
     """
 
@@ -25,6 +26,7 @@ class Contender:
     is_whole: bool = False
     is_static: bool = False
     is_tied: bool = False
+    is_exempt: bool = False
     reason: str = ""
 
     @property

@@ -7,6 +7,7 @@ import importlib.util
 from typing import Any
 
 import equinox as eqx
+import jax
 import jax.numpy as jnp
 import jax.random as jr
 import lineax as lx
@@ -109,7 +110,7 @@ def _anchorax_run(method, fn, forward, backward, max_steps):
         return method(
             params,
             static,
-            jnp.zeros_like(z0),
+            jax.tree.map(jnp.zeros_like, z0),
             eps=forward,
             max_depth=max_steps,
             stop_mode="rel",
@@ -143,7 +144,7 @@ def _is_there(name: str) -> bool:
 
 def versions() -> dict[str, str]:
     """Of the libraries that are installed; an empty one of those that are not."""
-    found = {}
+    found = {"jax": jax.__version__}
     for name in (n.split(".")[0] for n in _LIBRARIES):
         found[name] = importlib.metadata.version(name) if _is_there(name) else ""
     return found

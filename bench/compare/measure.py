@@ -7,13 +7,17 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from tqdm import tqdm
+import jax.numpy as jnp
+import numpy as np
 
 from .contender import Contender
+from .progress import progress
 from .workload import Workload
 
 
-TOLERANCES = tuple(10 ** (-k / 2) for k in range(3, 17))
+Tolerances = tuple[float, float]
+
+KINDS = ("forward", "both", "step")
 _MOST_SECONDS = 90.0  # For the rounds of one workload.
 
 
@@ -23,41 +27,50 @@ class Entry:
 
     **Attributes:**
 
-    - `forward`, `both`: Milliseconds of the solutions, and of these with the gradient.
-    - `memory`: Bytes that the program of both takes beyond its inputs and outputs.
-    - `evaluations`: Of the cell, on one sample, in a forward solve: the mean.
+    - `forward`, `both`, `step`: Milliseconds of the solutions, of these with the
+        gradient, and of a step of training.
+    - `compile_seconds`, `memory`: Of the program of both: to make it, and the bytes
+        that it takes beyond its inputs and outputs. `step_memory` is that of a step.
+    - `evaluations`, `products`: Of the cell in a forward solve, and with its transposed
+        Jacobian in a backward pass, on one sample: the mean.
+    - `threads`: How many it runs in, if that was chosen.
     - `reason`: What it cannot do, and why.
     """
 
     library: str
-    tolerances: tuple[float, float] | None = None
+    tolerances: Tolerances | None = None
     value_error: float | None = None
     gradient_error: float | None = None
     forward: float | None = None
     both: float | None = None
+    step: float | None = None
     compile_seconds: float | None = None
     memory: int | None = None
+    step_memory: int | None = None
     evaluations: float | None = None
+    products: float | None = None
+    threads: int | None = None
     reason: str = ""
 
 
 class Compiled:
-    """The two programs of a contender, made for any tolerances or for each anew."""
+    """The programs of a contender, made for any tolerances or for each anew."""
 
     def __init__(self, contender: Contender, workload: Workload):
         self.contender = contender
         self.workload = workload
-        self.args = workload.arrays()
+        self.arrays = workload.arrays()
         self.made: dict[Any, Any] = {}
-        self.seconds = 0.0
+        self.seconds: dict[str, float] = {}
 
     def solve(self, cell, whole, tolerances, params, xs):
-        make, most = self.contender.make, self.workload.max_steps
-        starts = self.workload.starts(xs)
+        work, make = self.workload, self.contender.make
+        starts = work.starts()
         forward, backward = tolerances
-        if self.contender.is_whole:
-            return make(whole, forward, backward, most)(starts, (params, xs))
-        run = make(cell, forward, backward, most)
+        if work.is_single or self.contender.is_whole:
+            fn = cell if work.is_single else whole
+            return make(fn, forward, backward, work.max_steps)(starts, (params, xs))
+        run = make(cell, forward, backward, work.max_steps)
         return jax.vmap(lambda z, x: run(z, (params, x)))(starts, xs)
 
     def _program(self, name: str) -> Callable:
@@ -66,110 +79,122 @@ class Compiled:
         def forward(tolerances, params, xs):
             return self.solve(work.cell, work.whole, tolerances, params, xs)
 
+        def loss(params, xs, tolerances):
+            return work.loss(forward(tolerances, params, xs), params)
+
         def both(tolerances, params, xs):
-            loss = lambda params, xs: work.loss(forward(tolerances, params, xs))
-            return jax.grad(loss, (0, 1))(params, xs)
+            return jax.grad(loss, (0, 1))(params, xs, tolerances)
 
-        return {"forward": forward, "both": both}[name]
+        def step(tolerances, params, xs, memory):
+            assert work.update is not None
+            return work.update(params, jax.grad(loss)(params, xs, tolerances), memory)
 
-    def __call__(self, name: str, tolerances: tuple[float, float]) -> Callable:
+        return {"forward": forward, "both": both, "step": step}[name]
+
+    def _key(self, name: str, tolerances: Tolerances):
+        return (name, tolerances) if self.contender.is_static else name
+
+    def has(self, name: str, tolerances: Tolerances) -> bool:
+        return self._key(name, tolerances) in self.made
+
+    def __call__(self, name: str, tolerances: Tolerances) -> Callable:
         """A compiled program, with everything that it takes."""
-        static = self.contender.is_static
-        key = (name, tolerances) if static else name
+        static, key = self.contender.is_static, self._key(name, tolerances)
+        args = self.arrays + ((self.workload.memory,) if name == "step" else ())
+        # Moved to the device once, and not in each call.
+        given: Any = tolerances if static else tuple(map(jnp.asarray, tolerances))
         if key not in self.made:
             fn = jax.jit(self._program(name), static_argnums=(0,) if static else ())
             start = time.perf_counter()
-            self.made[key] = fn.lower(tolerances, *self.args).compile()
-            self.seconds = time.perf_counter() - start
+            self.made[key] = fn.lower(given, *args).compile()
+            self.seconds[name] = time.perf_counter() - start
         made = self.made[key]
-        before = () if static else (tolerances,)
-        return lambda: made(*before, *self.args)
+        return lambda: made(*(() if static else (given,)), *args)
 
-    def memory(self, tolerances) -> int:
-        self("both", tolerances)
-        key = ("both", tolerances) if self.contender.is_static else "both"
-        return int(self.made[key].memory_analysis().temp_size_in_bytes)
-
-
-def _is_good(compiled: Compiled, tolerances) -> tuple[bool, float, float | None]:
-    work = compiled.workload
-    value = work.value_error(compiled("forward", tolerances)())
-    if value > work.target or compiled.contender.reason:
-        return value <= work.target, value, None
-    gradient = work.gradient_error(compiled("both", tolerances)())
-    return gradient <= work.target, value, gradient
+    def memory(self, name: str, tolerances: Tolerances) -> int:
+        self(name, tolerances)
+        made = self.made[self._key(name, tolerances)]
+        return int(made.memory_analysis().temp_size_in_bytes)
 
 
 def fit(compiled: Compiled) -> Entry:
-    """The coarsest tolerance that is good enough, then the coarsest backwards."""
-    contender = compiled.contender
-    entry = Entry(contender.library)
-    grid = TOLERANCES[1::2] if contender.is_static else TOLERANCES
+    """The coarsest tolerance that is good enough, then the coarsest backwards.
+
+    Without a gradient that is, the coarsest of the solutions alone.
+    """
+    contender, work = compiled.contender, compiled.workload
+    entry = Entry(contender.library, reason=contender.reason)
+    if not work.has_gradient:
+        entry.reason = entry.reason or "nothing to differentiate in"
+    grid = work.tolerances[1::2] if contender.is_static else work.tolerances
     grid = grid[:1] if contender.library == "unrolled" else grid
-    best = float("inf")
+    least = {"forward": float("inf"), "both": float("inf")}
     for tolerance in grid:
+        pair, kind = (tolerance, tolerance), "forward"
         try:
-            is_good, *errors = _is_good(compiled, (tolerance, tolerance))
+            value = work.value_error(compiled(kind, pair)())
+            least[kind] = min(least[kind], value)
+            if value > work.target and not contender.is_exempt:
+                continue
+            if entry.tolerances is None:
+                entry.tolerances, entry.value_error = pair, value
+            if contender.reason or not work.has_gradient:
+                return entry
+            kind = "both"
+            gradient = work.gradient_error(compiled(kind, pair)())
+            least[kind] = min(least[kind], gradient)
         except Exception as error:  # What a library raises is an answer too.
-            entry.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:80]}"
+            first = (str(error).splitlines() or [""])[0]
+            entry.reason = f"{type(error).__name__}: {first[:80]}"
+            if not compiled.has(kind, pair):  # So it is at each tolerance.
+                return entry
             continue
-        best = min(best, max(e for e in errors if e is not None))
-        if is_good:
-            entry.tolerances, entry.reason = (tolerance, tolerance), contender.reason
-            entry.value_error, entry.gradient_error = errors
+        if gradient <= work.target or contender.is_exempt:
+            entry.tolerances, entry.reason = pair, ""
+            entry.value_error, entry.gradient_error = value, gradient
             break
     else:
-        entry.reason = entry.reason or f"never within {compiled.workload.target:.0e}"
-        entry.reason += f" (best {best:.0e})"
+        missed = "forward" if entry.tolerances is None else "both"
+        what = "" if missed == "forward" else ", its gradient"
+        never = f"never within {work.target:.0e}{what} (best {least[missed]:.0e})"
+        is_told = entry.reason and least[missed] == float("inf")
+        entry.reason = entry.reason if is_told else never
         return entry
-    if not (contender.is_tied or contender.is_static or contender.reason):
+    if not (contender.is_tied or contender.is_static or contender.is_exempt):
         _loosen(compiled, entry, grid)
     return entry
 
 
 def _loosen(compiled: Compiled, entry: Entry, grid) -> None:
     assert entry.tolerances is not None
+    work = compiled.workload
     for backward in grid:
-        tolerances = (entry.tolerances[0], backward)
-        is_good, *errors = _is_good(compiled, tolerances)
-        if is_good:
-            entry.tolerances = tolerances
-            entry.value_error, entry.gradient_error = errors
+        pair = (entry.tolerances[0], backward)
+        try:
+            gradient = work.gradient_error(compiled("both", pair)())
+        except Exception:  # A linear solve that failed.
+            continue
+        if gradient <= work.target:
+            entry.tolerances, entry.gradient_error = pair, gradient
             return
-
-
-def count_evaluations(compiled: Compiled, tolerances) -> float:
-    """Rows of the cell that a forward solve evaluates, for each sample."""
-    work, rows = compiled.workload, []
-
-    def counted(z, args):
-        jax.debug.callback(lambda _: rows.append(None), z.ravel()[0])
-        return work.cell(z, args)
-
-    def whole(zs, args):
-        params, xs = args
-        return jax.vmap(lambda z, x: counted(z, (params, x)))(zs, xs)
-
-    run = jax.jit(lambda p, xs: compiled.solve(counted, whole, tolerances, p, xs))
-    jax.block_until_ready(run(*compiled.args))
-    jax.effects_barrier()
-    return len(rows) / len(work.xs)
 
 
 def time_in_turns(
     cases: dict[tuple[str, str], Callable[[], Any]], *, repeats: int, title: str
 ) -> dict[tuple[str, str], float]:
-    """Median milliseconds. Each round times every case once, in a changing order."""
+    """Median milliseconds. Each round times every case once, in an order of its own."""
     for run in cases.values():
         jax.block_until_ready(run())
     times: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
-    began = time.perf_counter()
-    names = list(cases)
-    for i in tqdm(range(repeats), desc=title, leave=False):
+    began, names = time.perf_counter(), list(cases)
+    # Threads of a case go on waiting for work after it: no case has always the same
+    # one before it.
+    rng = np.random.default_rng(0)
+    for i in progress(range(repeats), title):
         if i >= 3 and time.perf_counter() - began > _MOST_SECONDS:
             break
-        for key in names[i % len(names) :] + names[: i % len(names)]:
+        for k in rng.permutation(len(names)):
             start = time.perf_counter()
-            jax.block_until_ready(cases[key]())
-            times[key].append(1e3 * (time.perf_counter() - start))
+            jax.block_until_ready(cases[names[k]]())
+            times[names[k]].append(1e3 * (time.perf_counter() - start))
     return {key: statistics.median(t) for key, t in times.items()}

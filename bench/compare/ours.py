@@ -14,7 +14,7 @@ from jax import lax
 from .contender import Contender, Make
 
 
-def _equilax(solver, adjoint=None, **options) -> Make:
+def by_equilax(solver, adjoint=None, **options) -> Make:
     def make(fn, forward, backward, max_steps):
         linear = eqlx.ImplicitAdjoint() if adjoint is None else adjoint(backward)
 
@@ -48,11 +48,16 @@ def _own_anderson(backward):
 def ours() -> list[Contender]:
     add = ft.partial(Contender, "equilax")
     return [
-        add("Anderson", _equilax(eqlx.Anderson), is_tied=True),
-        add("Anderson, own tolerance", _equilax(eqlx.Anderson, _own_anderson)),
-        add("iteration, own tolerance", _equilax(eqlx.FixedPointIteration, _own)),
-        add("Broyden", _equilax(eqlx.Broyden), is_tied=True),
+        add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
+        add("Anderson, own tolerance", by_equilax(eqlx.Anderson, _own_anderson)),
+        add("iteration, own tolerance", by_equilax(eqlx.FixedPointIteration, _own)),
+        add("Broyden", by_equilax(eqlx.Broyden), is_tied=True),
     ]
+
+
+def _norm(tree):
+    leaves = [jnp.sum(jnp.abs(x) ** 2) for x in jax.tree.leaves(tree)]
+    return jnp.sqrt(ft.reduce(lambda a, b: a + b.astype(a.dtype), leaves))
 
 
 def _two_loops(fn, forward, backward, max_steps):
@@ -61,9 +66,8 @@ def _two_loops(fn, forward, backward, max_steps):
     def iterate(step, z0, tolerance):
         def cond(carry):
             count, last, z = carry
-            return (count < max_steps) & (
-                jnp.linalg.norm(z - last) > tolerance * jnp.linalg.norm(z)
-            )
+            moved = _norm(jax.tree.map(jnp.subtract, z, last))
+            return (count < max_steps) & (moved > tolerance * _norm(z))
 
         body = lambda carry: (carry[0] + 1, carry[2], step(carry[2]))
         return lax.while_loop(cond, body, (1, z0, step(z0)))[2]
@@ -79,9 +83,11 @@ def _two_loops(fn, forward, backward, max_steps):
     def bwd(res, ct):
         z0, args, z = res
         _, in_z = jax.vjp(lambda z: fn(z, args), z)
-        u = iterate(lambda u: in_z(u)[0] + ct, jnp.zeros_like(ct), backward)
+        zeros = jax.tree.map(jnp.zeros_like, z0)
+        step = lambda u: jax.tree.map(jnp.add, in_z(u)[0], ct)
+        u = iterate(step, zeros, backward)
         _, in_args = jax.vjp(lambda args: fn(z, args), args)
-        return jnp.zeros_like(z0), in_args(u)[0]
+        return zeros, in_args(u)[0]
 
     run.defvjp(fwd, bwd)
     return run

@@ -12,9 +12,9 @@ from .report import LIBRARIES, ratio, Results
 
 _COLOURS = (
     *("#222222", "#8a8f98", "#1f5fa8", "#d9772b", "#3f8f5b", "#b04a7d"),
-    *("#7a5cab", "#b59410"),
+    *("#7a5cab", "#c1272d", "#b59410"),
 )
-_MARKERS = "sxo^vDP*"
+_MARKERS = "sxo^vDPX*"
 
 
 def plot(path: Path, results: Results) -> None:
@@ -34,7 +34,9 @@ def plot(path: Path, results: Results) -> None:
             ax.plot(x, rows, marker, color=colour, label=library, ms=7, alpha=0.85)
         ax.axvline(1, color="#222222", lw=1)
         ax.set_xscale("log")
-        ax.xaxis.set_major_locator(FixedLocator([1, 2, 5, 10, 20, 50, 100, 1000]))
+        ax.xaxis.set_major_locator(
+            FixedLocator([0.2, 0.5, 1, 2, 5, 10, 20, 50, 100, 1000])
+        )
         ax.xaxis.set_major_formatter("{x:g}")
         ax.xaxis.set_minor_formatter(NullFormatter())
         ax.set(title=title, xlabel="times as long as equilax, at equal true error")

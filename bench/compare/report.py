@@ -8,10 +8,13 @@ Results = dict[str, Any]
 OURS = "equilax"
 LIBRARIES = (
     *("by hand", "unrolled", "Optimistix", "JAXopt", "banax", "anchorax"),
-    *("TorchDEQ", "SciPy"),
+    *("TorchDEQ", "PyTorch", "SciPy"),
 )
-# What two runs on a shared machine differ by, and more.
-_SLACK = 1.3
+TITLES = {
+    "both": "solution and gradient",
+    "forward": "solution",
+    "step": "step of training",
+}
 
 
 def best(workload: Results, library: str, kind: str) -> dict[str, Any] | None:
@@ -19,7 +22,7 @@ def best(workload: Results, library: str, kind: str) -> dict[str, Any] | None:
     rows = [
         {**entry, "name": row}
         for row, entry in workload["rows"].items()
-        if entry["library"] == library and entry[kind] is not None
+        if entry["library"] == library and entry.get(kind) is not None
     ]
     return min(rows, key=lambda e: e[kind], default=None)
 
@@ -39,17 +42,11 @@ def geometric_mean(numbers: list[float]) -> float:
     return math.exp(sum(map(math.log, numbers)) / len(numbers)) if numbers else math.nan
 
 
-def _reason(workload: Results, library: str) -> str:
-    rows = [e for e in workload["rows"].values() if e["library"] == library]
-    reasons = dict.fromkeys(e["reason"] for e in rows if e["reason"])
-    return next(iter(reasons), "not run")
-
-
-def summary(results: Results, kind: str) -> str:
+def summary(workloads: Results, kind: str) -> str:
     """A row a workload: ours in milliseconds, others as multiples of it."""
     head = ["workload", "equilax, ms", *LIBRARIES, "best other", "of the floor"]
     lines = [head, ["---"] * len(head)]
-    for name, workload in results["workloads"].items():
+    for name, workload in workloads.items():
         ours, peer = best(workload, OURS, kind), best_peer(workload, kind)
         ratios = [ratio(workload, library, kind) for library in LIBRARIES]
         cells = ["-" if r is None else f"{r:.1f}" for r in ratios]
@@ -57,68 +54,128 @@ def summary(results: Results, kind: str) -> str:
         least = "-"
         if ours and peer:
             least = f"**{peer[kind] / ours[kind]:.1f}** ({peer['library']})"
-        forward = best(workload, OURS, "forward")
-        floor = f"{forward['forward'] / workload['floor']:.2f}" if forward else "-"
-        lines.append([name, time, *cells, least, floor])
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        floor = workload["floor"].get(kind)
+        times = f"{ours[kind] / floor:.2f}" if ours and floor else "-"
+        lines.append([name, time, *cells, least, times])
+    return "\n".join(map(line, lines))
 
 
-def means(results: Results, kind: str) -> dict[str, float]:
+def ratios(workloads: Results, library: str, kind: str) -> list[float]:
+    """Of the workloads that it can do, and that ours can."""
+    found = [ratio(w, library, kind) for w in workloads.values()]
+    return [r for r in found if r is not None]
+
+
+def means(workloads: Results, kind: str) -> dict[str, float]:
     """The geometric mean over the workloads that a library can do, for each."""
-    found = {}
-    for library in LIBRARIES:
-        ratios = [ratio(w, library, kind) for w in results["workloads"].values()]
-        found[library] = geometric_mean([r for r in ratios if r is not None])
-    return found
+    found = {k: geometric_mean(ratios(workloads, k, kind)) for k in LIBRARIES}
+    return {k: mean for k, mean in found.items() if not math.isnan(mean)}
+
+
+def abilities(workloads: Results) -> str:
+    """A row a library: how many it can do at all, and the mean ratio on those."""
+    possible = {
+        kind: [
+            w for w in workloads.values() if best(w, OURS, kind) or best_peer(w, kind)
+        ]
+        for kind in ("forward", "both")
+    }
+    lines = [["library"], ["---"] * 5]
+    for kind, of in possible.items():
+        lines[0] += [f"{TITLES[kind]}: of {len(of)}", "times as long as equilax"]
+    for library in (OURS, *LIBRARIES):
+        cells = [library]
+        for kind, of in possible.items():
+            num = sum(best(w, library, kind) is not None for w in of)
+            mean = geometric_mean(ratios(workloads, library, kind))
+            cells += [str(num), "-" if math.isnan(mean) else f"{mean:.1f}"]
+        lines.append(cells)
+    return "\n".join(map(line, lines))
 
 
 def details(name: str, workload: Results) -> str:
     """Every contender on one workload."""
-    head = (
-        *("contender", "forward ms", "with gradient ms", "evaluations", "MiB"),
-        *("compile s", "error", "of the gradient", "tolerances"),
-    )
-    lines = [f"\n### {name}: {workload['what']}\n", _line(head), _line(["---"] * 9)]
-    number = lambda x, form: "-" if x is None else format(x, form)
+    is_training = any(e.get("step") for e in workload["rows"].values())
+    head = ["contender", "forward ms", "with gradient ms"]
+    head += ["step ms", "MiB of it"] if is_training else []
+    head += ["evaluations", "MiB", "compile s", "error", "of the gradient"]
+    head += ["tolerances"]
+    lines = [f"\n### {name}: {workload['what']}\n", line(head)]
+    lines.append(line(["---"] * len(head)))
     for row, e in workload["rows"].items():
-        if e["forward"] is None:
-            lines.append(_line([row, e["reason"], *["-"] * 7]))
-            continue
-        memory = None if e["memory"] is None else e["memory"] / 2**20
-        cells = [
-            row,
-            number(e["forward"], ".2f"),
-            number(e["both"], ".2f") if e["both"] else e["reason"],
-            number(e["evaluations"], ".1f"),
-            number(memory, ".1f"),
-            number(e["compile_seconds"], ".1f"),
-            number(e["value_error"], ".0e"),
-            number(e["gradient_error"], ".0e"),
-            ", ".join(f"{t:.0e}" for t in dict.fromkeys(e["tolerances"])),
-        ]
-        lines.append(_line(cells))
-    floor = f"{workload['floor']:.2f} ms for {workload['floor_evaluations']:.1f}"
-    lines.append(f"\nThe floor: {floor} evaluations in a row.")
+        cells = [row, e["reason"]]
+        if e["forward"] is not None:
+            cells = [row, *_numbers(e, is_training)]
+        lines.append(line(cells + ["-"] * (len(head) - len(cells))))
+    lines += _remarks(workload)
     return "\n".join(lines)
 
 
-def _line(cells) -> str:
-    return f"| {' | '.join(cells)} |"
+def _numbers(e: dict[str, Any], is_training: bool) -> list[str]:
+    number = lambda x, form: "-" if x is None else format(x, form)
+    mebibytes = lambda x: number(None if x is None else x / 2**20, ".1f")
+    step = [number(e["step"], ".2f"), mebibytes(e["step_memory"])]
+    return [
+        number(e["forward"], ".2f"),
+        number(e["both"], ".2f") if e["both"] else e["reason"],
+        *(step if is_training else []),
+        number(e["evaluations"], ".1f"),
+        mebibytes(e["memory"]),
+        number(e["compile_seconds"], ".1f"),
+        number(e["value_error"], ".0e"),
+        number(e["gradient_error"], ".0e"),
+        ", ".join(f"{t:.0e}" for t in dict.fromkeys(e["tolerances"])),
+    ]
 
 
-def regressions(new: Results, old: Results) -> list[str]:
-    """What has become slower than it was, by others in the same run as a clock."""
-    found = []
-    for name, workload in new["workloads"].items():
-        if name not in old["workloads"]:
-            continue
-        before = old["workloads"][name]
-        for kind in ("forward", "both"):
-            for library in LIBRARIES:
-                now, then = (ratio(w, library, kind) for w in (workload, before))
-                if now and then and now * _SLACK < then:
-                    found.append(
-                        f"{name}, {kind}: {library} took {then:.2f} times as long as "
-                        f"equilax, and now {now:.2f} times"
-                    )
+def _remarks(workload: Results) -> list[str]:
+    found, floor = [], workload["floor"]
+    if floor:
+        time = f"{floor['forward']:.2f} ms for {floor['evaluations']:.1f}"
+        found.append(f"\nThe floor: {time} evaluations in a row")
+        if "both" in floor:
+            num = floor["evaluations and products"]
+            found[-1] += (
+                f", {floor['both']:.2f} ms for {num[0]:.1f} and {num[1]:.1f} products "
+                "with the transposed Jacobian"
+            )
+        found[-1] += "."
+    threads = [
+        f"{row} {e['threads']}" for row, e in workload["rows"].items() if e["threads"]
+    ]
+    if threads:
+        found.append(f"\nThreads, the quicker of one and all: {', '.join(threads)}.")
     return found
+
+
+def floors(workloads: Results) -> str:
+    """What an evaluation of the batch is, and how near ours comes to doing no more."""
+    head = ("workload", "evaluations", "products", "MFLOP each", "MB each")
+    head += ("GFLOP/s", "GB/s", "floor / forward", "floor / with gradient")
+    lines = [head, ["---"] * len(head)]
+    for name, workload in workloads.items():
+        forward, floor = best(workload, OURS, "forward"), workload["floor"]
+        both = best(workload, OURS, "both")
+        if not (floor and forward and forward["evaluations"]):
+            continue
+        # A million a millisecond is a billion a second.
+        rate = forward["evaluations"] / (1e6 * forward["forward"])
+        has_both = both and "both" in floor
+        lines.append(
+            [
+                name,
+                f"{floor['evaluations']:.1f}",
+                f"{floor['evaluations and products'][1]:.1f}" if has_both else "-",
+                f"{floor['operations'] / 1e6:.3g}",
+                f"{floor['bytes'] / 1e6:.3g}",
+                f"{rate * floor['operations']:.3g}",
+                f"{rate * floor['bytes']:.3g}",
+                f"{floor['forward'] / forward['forward']:.0%}",
+                f"{floor['both'] / both['both']:.0%}" if both and has_both else "-",
+            ]
+        )
+    return "\n".join(map(line, lines))
+
+
+def line(cells) -> str:
+    return f"| {' | '.join(cells)} |"

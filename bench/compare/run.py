@@ -1,91 +1,146 @@
 """All contenders on one workload."""
 
+import contextlib
 import dataclasses
-import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
-import jax
-from jax import lax
-from tqdm import tqdm
-
-from .libraries import all_contenders
-from .measure import Compiled, count_evaluations, Entry, fit, time_in_turns
-from .outside import SciPy, TorchDEQ
+from . import count, floor
+from .contender import Contender
+from .measure import Compiled, Entry, fit, KINDS, time_in_turns
+from .progress import progress
 from .workload import Workload
 
 
-_SCIPY = ("anderson", "broyden1", "newton_krylov")
-_TORCH = ("anderson", "broyden", "fixed_point_iter")
+Cases = dict[tuple[str, str], Callable[[], Any]]
 
 
-def _floor(workload: Workload, evaluations: float) -> Callable[[], Any]:
-    """As many evaluations in a row, and nothing else."""
-    args = workload.arrays()
-    number = math.ceil(evaluations)
+class Outsider(Protocol):
+    """A contender that JAX does not run."""
 
-    @jax.jit
-    def run(args):
-        step = lambda _, zs: workload.whole(zs, args)
-        return lax.fori_loop(0, number, step, workload.starts(args[1]))
+    row: str
+    version: str
 
-    return lambda: run(args)
+    def fit(self) -> Entry: ...
 
+    def cases(self, entry: Entry) -> dict[str, Callable[[], Any]]: ...
 
-def _inside(workload: Workload, entries: dict[str, Entry]) -> dict:
-    cases = {}
-    for contender in tqdm(all_contenders(), desc=workload.name, leave=False):
-        compiled = Compiled(contender, workload)
-        entry = fit(compiled)
-        entries[contender.row] = entry
-        if entry.tolerances is None:
-            continue
-        cases[contender.row, "forward"] = compiled("forward", entry.tolerances)
-        entry.evaluations = count_evaluations(compiled, entry.tolerances)
-        if not contender.reason:
-            cases[contender.row, "both"] = compiled("both", entry.tolerances)
-            entry.compile_seconds = compiled.seconds
-            entry.memory = compiled.memory(entry.tolerances)
-    return cases
+    def close(self) -> None: ...
 
 
-def _outside(workload: Workload, entries: dict[str, Entry], others) -> dict:
-    cases = {}
-    for other in others:
-        entry = other.fit()
-        entries[other.row] = entry
+def _kinds(entry: Entry, work: Workload) -> tuple[str, ...]:
+    if entry.gradient_error is None:
+        return KINDS[:1]
+    return KINDS if work.update is not None else KINDS[:2]
+
+
+def _compile(all_compiled: list[Compiled], workers: int) -> None:
+    """At once what is no new program at each tolerance."""
+
+    def make(job: tuple[Compiled, str]) -> None:
+        compiled, kind = job
+        coarsest = compiled.workload.tolerances[0]
+        # What fails here fails again where it is recorded.
+        with contextlib.suppress(Exception):
+            compiled(kind, (coarsest, coarsest))
+
+    kinds = KINDS[:2]
+    jobs = [(c, k) for c in all_compiled if not c.contender.is_static for k in kinds]
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(make, jobs))
+
+
+def _inside(
+    work: Workload,
+    contenders: Sequence[Contender],
+    entries: dict[str, Entry],
+    *,
+    counted: Sequence[str] | None,
+    workers: int,
+) -> Cases:
+    cases: Cases = {}
+    all_compiled = [Compiled(contender, work) for contender in contenders]
+    if workers > 1:
+        _compile(all_compiled, workers)
+    for compiled in progress(all_compiled, work.name):
+        contender = compiled.contender
+        entry = entries[contender.row] = fit(compiled)
         if (tolerances := entry.tolerances) is None:
             continue
-        if isinstance(other, SciPy):
-            cases[other.row, "forward"] = lambda o=other, t=tolerances: o.forward(t[0])
-            continue
-        for what in ("forward", "both"):
-            ask = lambda o=other, w=what, t=tolerances: o.ask(w, *t)
-            cases[other.row, what] = ask
+        kinds = _kinds(entry, work)
+        for kind in kinds:
+            cases[contender.row, kind] = compiled(kind, tolerances)
+        if counted is None or contender.row in counted:
+            entry.evaluations = count.evaluations(compiled, tolerances)
+        if counted is None and contender.library == "equilax" and "both" in kinds:
+            entry.products = count.products(compiled, tolerances)
+        if "both" in kinds:
+            entry.compile_seconds = compiled.seconds["both"]
+            entry.memory = compiled.memory("both", tolerances)
+        if "step" in kinds:
+            entry.step_memory = compiled.memory("step", tolerances)
     return cases
 
 
-def run(workload: Workload, *, repeats: int, torch: str | None) -> dict[str, Any]:
-    """What the report and the regression guard read: in JSON's types."""
+def _floors(work: Workload, entries: dict[str, Entry]) -> tuple[Cases, dict[str, Any]]:
+    """Of the least work that one of ours does."""
+    ours = [e for e in entries.values() if e.library == "equilax"]
+    pairs = [(e.evaluations, e.products) for e in ours if e.evaluations]
+    if not pairs:
+        return {}, {}
+    least = min(evaluations for evaluations, _ in pairs)
+    cases: Cases = {("floor", "forward"): floor.forward(work, least)}
+    found: dict[str, Any] = {"evaluations": least, **floor.cost(work)}
+    sums = [(a, b) for a, b in pairs if b is not None]
+    if sums:
+        pair = min(sums, key=sum)
+        cases["floor", "both"] = floor.both(work, *pair)
+        found["evaluations and products"] = list(pair)
+    return cases, found
+
+
+def run(
+    work: Workload,
+    contenders: Sequence[Contender],
+    outsiders: Sequence[Outsider] = (),
+    *,
+    repeats: int,
+    counted: Sequence[str] | None = None,
+    workers: int = 1,
+) -> dict[str, Any]:
+    """**Arguments:**
+
+    - `counted`: The rows whose evaluations are counted. All, and the products of ours,
+        if `None`.
+    - `workers`: In how many threads to compile, where that itself is not measured.
+
+    **Returns:**
+
+    What the report and the regression guard read: in JSON's types.
+    """
+    if work.is_single:  # The whole of it is the sample.
+        contenders = [c for c in contenders if not c.is_whole]
     entries: dict[str, Entry] = {}
-    cases = _inside(workload, entries)
-    peers = [TorchDEQ(workload, solver, torch) for solver in _TORCH if torch]
-    others = [*(SciPy(workload, method) for method in _SCIPY), *peers]
-    cases |= _outside(workload, entries, others)
-    ours = [e for e in entries.values() if e.library == "equilax" and e.evaluations]
-    least = min((e.evaluations for e in ours if e.evaluations), default=0.0)
-    cases["floor", "forward"] = _floor(workload, least)
-    times = time_in_turns(cases, repeats=repeats, title=workload.name)
-    for peer in peers:
-        peer.close()
-    floor = times.pop(("floor", "forward"))
+    with work.precision():
+        cases = _inside(work, contenders, entries, counted=counted, workers=workers)
+        for other in outsiders:
+            entry = entries[other.row] = other.fit()
+            for kind, case in other.cases(entry).items():
+                cases[other.row, kind] = case
+        floors, found = _floors(work, entries)
+        times = time_in_turns(cases | floors, repeats=repeats, title=work.name)
+    for other in outsiders:
+        other.close()
     for (row, kind), value in times.items():
-        setattr(entries[row], kind, value)
+        if row == "floor":
+            found[kind] = value
+        else:
+            setattr(entries[row], kind, value)
     return {
-        "what": workload.what,
-        "target": workload.target,
-        "floor": floor,
-        "floor_evaluations": least,
-        "torch": peers[0].version if peers else "",
+        "what": work.what,
+        "target": work.target,
+        "floor": found,
+        "torch": next((o.version for o in outsiders if o.version), ""),
         "rows": {row: dataclasses.asdict(entry) for row, entry in entries.items()},
     }

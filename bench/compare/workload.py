@@ -1,9 +1,4 @@
-"""A workload: a cell, its inputs, and its solutions and gradients to the last digits.
-
-The truth is float64 and nothing of the library is in it: Newton's method with dense
-Jacobians where the state is small, the plain iteration forward and backward where it is
-large.
-"""
+"""A workload: a cell and its inputs, its solutions and gradients to the last digits."""
 
 import dataclasses
 import functools as ft
@@ -13,18 +8,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+
+from . import truth
 
 
 Tree = Any
 
+# For states in single and in double precision.
+SINGLE = tuple(10 ** (-k / 2) for k in range(3, 17))
+DOUBLE = tuple(10 ** (-k / 2) for k in range(11, 29))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Workload:
-    """Solve `z = cell(z, (params, x))` for each `x`, from zero.
+    """Solve `z = cell(z, (params, x))` for each `x`.
 
-    The loss is the inner product of the solutions with `cts`, and its gradient that in
-    `params` and in the inputs.
+    The loss is the inner product of the solutions with `cts`, unless it has a head of
+    its own, and its gradient that in `params` and in the inputs.
 
     **Attributes:**
 
@@ -32,115 +32,125 @@ class Workload:
         may have.
     - `max_steps`: The most steps that anyone may take.
     - `is_dense`: Whether the Jacobian of one sample is small.
+    - `is_single`: Whether it is one sample, with no axis of samples.
+    - `start`: Where to begin, if not at zero.
+    - `solutions`: In float64, where they are known without a solve.
+    - `head`: `(zs, params)` to a loss, if it is not linear.
+    - `torch_cell`: The name of the cell in `torch_cells.py`, if it is there.
+    - `labels`: What a head for classes compares with.
+    - `update`, `memory`: A step of an optimiser, `(params, grads, memory)` to new
+        parameters and a new memory, and that at the start.
+    - `dtype`: That of all arrays; `None` leaves them as they are, in double precision.
+    - `tolerances`: Those to try, the coarsest first.
     """
 
     name: str
     what: str
     cell: Callable[[Any, Any], Any]
     params: Tree
-    xs: np.ndarray
-    cts: np.ndarray
+    xs: Tree
+    cts: Tree
     target: float = 1e-4
     max_steps: int = 500
     is_dense: bool = True
+    is_single: bool = False
+    start: Tree = None
+    solutions: Tree = None
+    head: Callable[[Any, Any], jax.Array] | None = None
+    torch_cell: str = ""
+    labels: np.ndarray = dataclasses.field(
+        default_factory=lambda: np.zeros(0, np.int32)
+    )
+    update: Callable[[Any, Any, Any], tuple[Any, Any]] | None = None
+    memory: Tree = None
+    dtype: Any = np.float32
+    tolerances: tuple[float, ...] = SINGLE
 
-    def arrays(self, dtype: Any = np.float32) -> tuple[Tree, jax.Array]:
-        cast = lambda x: jnp.asarray(x, dtype)
-        return jax.tree.map(cast, self.params), cast(self.xs)
+    @property
+    def num_samples(self) -> int:
+        return 1 if self.is_single else len(jax.tree.leaves(self.cts)[0])
 
-    def whole(self, zs, args):
+    @property
+    def has_gradient(self) -> bool:
+        """Whether there is anything that the solutions depend on."""
+        return any(np.any(g) for g in self.truth[1])
+
+    def precision(self):
+        """A context: JAX's 64-bit types where the workload has them."""
+        return jax.enable_x64(self.dtype is None)
+
+    def arrays(self, dtype: Any = None) -> tuple[Tree, Tree]:
+        dtype = self.dtype if dtype is None else dtype
+        cast = lambda x: jnp.asarray(x, None if np.iscomplexobj(x) else dtype)
+        return jax.tree.map(cast, self.params), jax.tree.map(cast, self.xs)
+
+    def whole(self, zs: Tree, args: tuple[Tree, Tree]) -> Tree:
         """The cell of the whole batch."""
         params, xs = args
-        one = lambda z, x: self.cell(z, (params, x))
-        return jax.vmap(one)(zs, xs)
+        if self.is_single:
+            return self.cell(zs, args)
+        return jax.vmap(lambda z, x: self.cell(z, (params, x)))(zs, xs)
 
-    def starts(self, xs: jax.Array) -> jax.Array:
-        return jnp.zeros(self.cts.shape, xs.dtype)
+    def starts(self, dtype: Any = None) -> Tree:
+        if self.start is not None:
+            return self.start
+        dtype = self.dtype if dtype is None else dtype
+        return jax.tree.map(lambda ct: jnp.zeros(ct.shape, dtype), self.cts)
 
-    def loss(self, zs: jax.Array) -> jax.Array:
-        return jnp.sum(zs * self.cts.astype(zs.dtype))
+    def loss(self, zs: Tree, params: Tree) -> jax.Array:
+        if self.head is not None:
+            return self.head(zs, params)
+        product = lambda z, ct: jnp.sum(jnp.real(z * ct.astype(z.dtype)))
+        parts = jax.tree.leaves(jax.tree.map(product, zs, self.cts))
+        return ft.reduce(lambda a, b: a + b.astype(a.dtype), parts)
 
     @ft.cached_property
-    def truth(self) -> tuple[np.ndarray, list[np.ndarray]]:
+    def truth(self) -> tuple[Tree, list[np.ndarray]]:
         """The solutions, and the leaves of the gradient."""
         with jax.enable_x64(True):
             args = self.arrays(np.float64)
-            zs = _dense_solutions(self, args) if self.is_dense else _settle(self, args)
-            us = _dense_adjoints(self, args, zs) if self.is_dense else None
-            us = _settle_back(self, args, zs) if us is None else us
+            zs = self.solutions
+            if zs is None:
+                zs = truth.solutions(self, args)
+            zs = jax.tree.map(jnp.asarray, zs)
+            cts, direct = jax.grad(self.loss, (0, 1))(zs, args[0])
+            us = truth.adjoints(self, args, zs, cts)
             _, transposed = jax.vjp(lambda args: self.whole(zs, args), args)
-            (grads,) = transposed(us)
-            return np.asarray(zs), [np.asarray(g) for g in jax.tree.leaves(grads)]
+            of_params, of_xs = transposed(us)[0]
+            of_params = jax.tree.map(jnp.add, of_params, direct)
+            leaves = jax.tree.leaves((of_params, of_xs))
+            return jax.tree.map(np.asarray, zs), [np.asarray(x) for x in leaves]
 
-    def value_error(self, zs) -> float:
+    def _rows(self, zs: Tree) -> np.ndarray:
+        leaves = [_wide(z) for z in jax.tree.leaves(zs)]
+        shape = (self.num_samples, -1)
+        return np.concatenate([z.reshape(shape) for z in leaves], axis=1)
+
+    def value_error(self, zs: Tree) -> float:
         """That of the worst sample."""
-        rows = lambda x: np.asarray(x, np.float64).reshape(len(self.xs), -1)
-        got, true = rows(zs), rows(self.truth[0])
-        errors = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
+        got, true = self._rows(zs), self._rows(self.truth[0])
+        with np.errstate(all="ignore"):  # What diverges overflows.
+            errors = np.linalg.norm(got - true, axis=1) / np.linalg.norm(true, axis=1)
         return _or_infinite(np.max(errors))
 
     def gradient_error(self, grads: Tree) -> float:
         """The larger of that of all parameters and that of all inputs."""
-        got = [np.asarray(g, np.float64) for g in jax.tree.leaves(grads)]
-        size = lambda leaves: np.sqrt(sum(np.sum(np.square(x)) for x in leaves))
-        errors = []
-        for part in (slice(None, -1), slice(-1, None)):
-            pairs = zip(got[part], self.truth[1][part], strict=True)
-            errors.append(size([a - b for a, b in pairs]) / size(self.truth[1][part]))
+        got = [_wide(g) for g in jax.tree.leaves(grads)]
+        num, true = len(jax.tree.leaves(self.params)), self.truth[1]
+        pairs = list(zip(got, true, strict=True))
+        size = lambda leaves: np.sqrt(sum(np.sum(np.abs(x) ** 2) for x in leaves))
+        with np.errstate(all="ignore"):
+            errors = [
+                size([a - b for a, b in part]) / size([b for _, b in part])
+                for part in (pairs[:num], pairs[num:])
+                if any(np.any(b) for _, b in part)
+            ]
         return _or_infinite(max(errors))
+
+
+def _wide(x) -> np.ndarray:
+    return np.asarray(x, np.complex128 if np.iscomplexobj(x) else np.float64)
 
 
 def _or_infinite(x: float) -> float:
     return float(x) if np.isfinite(x) else np.inf
-
-
-def _rows(workload: Workload, args, zs):
-    """The residual and the dense `I - J` of each sample."""
-    params, xs = args
-    shape, size = zs.shape[1:], zs[0].size
-
-    def one(z, x):
-        fn = lambda z: workload.cell(z.reshape(shape), (params, x)).reshape(size)
-        return fn(z) - z, jnp.eye(size) - jax.jacfwd(fn)(z)
-
-    return jax.vmap(one)(zs.reshape(len(zs), size), xs)
-
-
-def _dense_solutions(workload: Workload, args):
-    zs = workload.starts(args[1])
-    zs = lax.fori_loop(0, 100, lambda _, zs: workload.whole(zs, args), zs)
-    for _ in range(8):  # Newton's.
-        residuals, systems = _rows(workload, args, zs)
-        steps = jnp.linalg.solve(systems, residuals[..., None])[..., 0]
-        zs = zs + steps.reshape(zs.shape)
-    assert jnp.max(jnp.abs(workload.whole(zs, args) - zs)) < 1e-13
-    return zs
-
-
-def _dense_adjoints(workload: Workload, args, zs):
-    _, systems = _rows(workload, args, zs)
-    cts = jnp.asarray(workload.cts).reshape(len(zs), -1, 1)
-    return jnp.linalg.solve(jnp.swapaxes(systems, 1, 2), cts).reshape(zs.shape)
-
-
-def _iterate(fn, y, most: int):
-    """Until a step moves nothing any more but the last digits."""
-
-    def is_moving(carry):
-        y, last, count = carry
-        return (count < most) & (jnp.max(jnp.abs(y - last)) > 1e-14)
-
-    step = lambda carry: (fn(carry[0]), carry[0], carry[2] + 1)
-    y, last, _ = lax.while_loop(is_moving, step, (fn(y), y, 0))
-    assert jnp.max(jnp.abs(y - last)) < 1e-11, "The plain iteration has not settled."
-    return y
-
-
-def _settle(workload: Workload, args):
-    return _iterate(lambda z: workload.whole(z, args), workload.starts(args[1]), 20_000)
-
-
-def _settle_back(workload: Workload, args, zs):
-    _, transposed = jax.vjp(lambda zs: workload.whole(zs, args), zs)
-    cts = jnp.asarray(workload.cts)
-    return _iterate(lambda u: transposed(u)[0] + cts, jnp.zeros_like(zs), 20_000)

@@ -4,6 +4,7 @@ Inputs are drawn by NumPy from seed 0. `small` makes them tiny, to see that all 
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,8 @@ def _notebook(num: int, name: str) -> Workload:
     w = 0.9 * w / np.linalg.norm(w, ord=2)
     xs = rng.normal(size=(num, 10))
     what = f"the notebook's system, 10 unknowns, {num} of them"
-    return Workload(name, what, tanh_cell, w, xs, rng.normal(size=xs.shape))
+    cts = rng.normal(size=xs.shape)
+    return Workload(name, what, tanh_cell, w, xs, cts, torch_cell="tanh_cell")
 
 
 def tanh(gain: float, size: int, batch: int, name: str = "", **kwargs) -> Workload:
@@ -45,6 +47,7 @@ def tanh(gain: float, size: int, batch: int, name: str = "", **kwargs) -> Worklo
     xs = 0.1 * rng.normal(size=(batch, size))
     what = f"tanh cell, gain {gain}, {size} unknowns, {batch} samples"
     cts = rng.normal(size=xs.shape)
+    kwargs = {"torch_cell": "tanh_cell", **kwargs}
     return Workload(name or what, what, tanh_cell, w, xs, cts, **kwargs)
 
 
@@ -57,7 +60,8 @@ def _ragged(rates: np.ndarray, size: int, name: str, what: str) -> Workload:
     xs = np.concatenate([rates[:, None], x], axis=1)
     cts = rng.normal(size=x.shape)
     what = f"{what}, {size} unknowns, {len(rates)} samples"
-    return Workload(name, what, scaled_cell, w, xs, cts, max_steps=4000)
+    options: Any = {"max_steps": 4000, "torch_cell": "scaled_cell"}
+    return Workload(name, what, scaled_cell, w, xs, cts, **options)
 
 
 def _slow(num: int, batch: int) -> np.ndarray:
@@ -88,8 +92,8 @@ def _convolution(side: int, channels: int, batch: int) -> Workload:
     what = f"convolutional cell, {side} x {side} x {channels}, {batch} samples"
     params = (0.4 * kernel, mixing)
     cts = rng.normal(size=xs.shape)
-    name = "convolutional"
-    return Workload(name, what, convolution, params, xs, cts, is_dense=False)
+    options: Any = {"is_dense": False, "torch_cell": "convolution"}
+    return Workload("convolutional", what, convolution, params, xs, cts, **options)
 
 
 def _normalise(z):
@@ -122,9 +126,8 @@ def _transformer(length: int, width: int, batch: int) -> Workload:
     xs = rng.normal(size=(batch, length, width))
     what = f"transformer block, {length} x {width}, {batch} samples"
     cts = rng.normal(size=xs.shape)
-    return Workload(
-        "transformer", what, transformer, params, xs, cts, is_dense=False, target=3e-4
-    )
+    options: Any = {"is_dense": False, "target": 3e-4, "torch_cell": "transformer"}
+    return Workload("transformer", what, transformer, params, xs, cts, **options)
 
 
 def all_workloads(small: bool) -> dict[str, Callable[[], Workload]]:
