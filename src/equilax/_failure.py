@@ -101,6 +101,8 @@ def _as_row(found: Bool[Array, " kinds"], num_steps, residual) -> Int[Array, " n
 
 def _joined(rows: Int[Array, "batch n"], num_below: int) -> Int[Array, " n"]:
     """One row for a batch of them: sums of counts, and the first that failed."""
+    if rows.shape[0] == 0:
+        return jnp.zeros(rows.shape[1:], jnp.int32)
     counts, figures = rows[:, :-3], rows[:, -3:]
     is_failed = jnp.any(counts > 0, axis=1)
     first = jnp.argmax(is_failed)
