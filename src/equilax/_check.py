@@ -7,6 +7,7 @@ import equinox as eqx
 import jax
 import jax.core
 import jax.numpy as jnp
+import jax.tree_util as jtu
 import numpy as np
 
 from ._custom_types import AxisName, RealScalarLike
@@ -71,6 +72,30 @@ def check_real(name: str, value: Any):
         raise ValueError(
             f"`{name}` must be one number; got one of shape {np.shape(value)}."
         )
+
+
+def check_data(**trees: Any):
+    """Refuse arrays of NumPy's that hold no numbers, such as text or objects."""
+    for name, tree in trees.items():
+        for leaf in jtu.tree_leaves(tree):
+            is_array = isinstance(leaf, (np.ndarray, np.generic))
+            if is_array and leaf.dtype.kind in "OSTUMm":
+                raise TypeError(
+                    f"`{name}` must hold arrays of numbers or truth values; got one of "
+                    f"dtype {leaf.dtype}: {leaf!r}."
+                )
+
+
+def as_static_int(name: str, value: Any) -> Any:
+    """What is hashed and compared: no array, and no number of NumPy's."""
+    if isinstance(value, np.integer):
+        return int(value)
+    if hasattr(value, "dtype"):
+        raise TypeError(
+            f"`{name}` must be a Python integer, known when the program is compiled; "
+            f"got {value!r}."
+        )
+    return value
 
 
 def check_tolerances(rtol: RealScalarLike, atol: RealScalarLike):

@@ -16,7 +16,7 @@ from ._adjoint import (
 )
 from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
-from ._check import check_callable
+from ._check import check_callable, check_data
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._failure import Kind, raise_if_failed
 from ._fused import iterate_fused
@@ -223,6 +223,7 @@ def fixed_point(
     `aux`. Memory: that of the solver, and three times `y`.
     """
     check_callable("fn", fn, "fn(y, args)")
+    check_data(y0=y0, args=args)
     settings = Settings(
         solver,
         max_steps,

@@ -52,15 +52,29 @@ def as_names(axis_name: AxisName) -> tuple[str, ...]:
     return (axis_name,) if isinstance(axis_name, str) else tuple(axis_name)
 
 
+def _bound_names(axis_name: AxisName) -> tuple[str, ...]:
+    """The names, or an error if no `shard_map` around has them."""
+    names = as_names(axis_name)
+    for name in names:
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                "`axis_name` must name mesh axes of a `jax.shard_map` around; got "
+                f"{name!r}, expected some of {sorted(manual_axes())}."
+            ) from None
+    return names
+
+
 def num_parts(axis_name: AxisName) -> int:
     """Over how many devices something is split that is so along `axis_name`."""
-    names = as_names(axis_name)
+    names = _bound_names(axis_name)
     return lax.axis_size(names) if names else 1
 
 
 def total(tree: PyTree[Array], axis_name: AxisName) -> PyTree[Array]:
     """The sum over all devices, in one all-reduce of all leaves of one dtype."""
-    names = as_names(axis_name)
+    names = _bound_names(axis_name)
     return lax.psum(tree, names) if names else tree
 
 
@@ -70,7 +84,7 @@ def from_all(x: Inexact[Array, "..."], axis_name: AxisName) -> Inexact[Array, "n
     By a sum in which each has a place of its own. An all-reduce by maximum loses what
     is not a number, has no derivative, and would be a second one beside a sum.
     """
-    names = as_names(axis_name)
+    names = _bound_names(axis_name)
     places = jnp.arange(lax.axis_size(names), dtype=jnp.int32)
     is_here = places == lax.axis_index(names)
     is_here = is_here.reshape(-1, *(1,) * x.ndim)
@@ -79,7 +93,7 @@ def from_all(x: Inexact[Array, "..."], axis_name: AxisName) -> Inexact[Array, "n
 
 def on_all(x: Bool[Array, ""], axis_name: AxisName) -> Bool[Array, ""]:
     """Whether it is so on every device."""
-    names = as_names(axis_name)
+    names = _bound_names(axis_name)
     if not names:
         return x
     return lax.psum((~x).astype(jnp.int32), names) == 0

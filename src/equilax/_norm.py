@@ -2,18 +2,27 @@ import functools as ft
 import math
 from typing import Any
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, PyTree, Scalar
 
+from ._check import check_axis_name, check_data
 from ._custom_types import AxisName, Norm
 from ._dtype import at_least_single, promote, real
 from ._mesh import from_all, num_parts
 
 
-def _magnitude(x: Inexact[Array, "..."]) -> Inexact[Array, "..."]:
+def _magnitude(x: Any) -> Inexact[Array, "..."]:
     """Absolute values, in the real dtype of `x` and at least float32."""
+    check_data(x=x)
+    if not eqx.is_array_like(x) or not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+        raise TypeError(
+            "`x` must be a pytree of floating-point or complex arrays; got a leaf "
+            f"{x!r}."
+        )
+    x = jnp.asarray(x)
     return jnp.abs(x).astype(at_least_single(real(x.dtype)))
 
 
@@ -52,6 +61,7 @@ def max_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Sc
     device if there is an `axis_name`.
     """
     if axis_name is not None:
+        check_axis_name(axis_name)
         return max_norm(from_all(max_norm(x), axis_name))
     return _flat_at_zero(_reduce(x, jnp.max, jnp.maximum))
 
@@ -79,6 +89,7 @@ def two_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Sc
     a device if there is an `axis_name`.
     """
     if axis_name is not None:
+        check_axis_name(axis_name)
         return two_norm(from_all(two_norm(x), axis_name))
     # Frozen, or the derivative would run through the largest element twice.
     largest = jax.lax.stop_gradient(max_norm(x))
@@ -102,12 +113,15 @@ def rms_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Sc
     a number if any element is. Cost: two passes over `x`, and an all-reduce of a number
     a device if there is an `axis_name`.
     """
+    check_axis_name(axis_name)
     return two_norm(x, axis_name) / math.sqrt(max(num_elements(x, axis_name), 1))
 
 
 def num_elements(x: PyTree[Any], axis_name: AxisName = None) -> int:
     """The elements of all leaves, on all devices along which they are split."""
-    return num_parts(axis_name) * sum(leaf.size for leaf in jtu.tree_leaves(x))
+    return num_parts(axis_name) * sum(
+        getattr(leaf, "size", 1) for leaf in jtu.tree_leaves(x)
+    )
 
 
 def measured(norm: Norm, x: PyTree[Array], axis_name: AxisName) -> Scalar:

@@ -1,20 +1,15 @@
+import functools as ft
 from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
-import numpy as np
 from jaxtyping import PyTree
 
 from ._adjoint import AbstractAdjoint, AdjointMonitor
 from ._batching import AbstractBatching
-from ._check import check_instance, check_integer
+from ._check import as_static_int, check_data, check_instance, check_integer
 from ._fused import AbstractFusedCell
 from ._solver import AbstractFixedPointSolver
-
-
-def _as_int(number: Any) -> Any:
-    """What is static is hashed and compared: numbers of NumPy's are not made for it."""
-    return int(number) if isinstance(number, np.integer) else number
 
 
 class Settings(eqx.Module):
@@ -26,7 +21,9 @@ class Settings(eqx.Module):
     """
 
     solver: AbstractFixedPointSolver
-    max_steps: int = eqx.field(static=True, converter=_as_int)
+    max_steps: int = eqx.field(
+        static=True, converter=ft.partial(as_static_int, "max_steps")
+    )
     adjoint: AbstractAdjoint
     batching: AbstractBatching
     throw: bool = eqx.field(static=True)
@@ -34,7 +31,9 @@ class Settings(eqx.Module):
     monitor: AdjointMonitor | None
     has_aux: bool = eqx.field(static=True, default=False)
     tags: frozenset[object] = eqx.field(static=True, default=frozenset())
-    batch_axis: int | None = eqx.field(static=True, default=None)
+    batch_axis: int | None = eqx.field(
+        static=True, default=None, converter=ft.partial(as_static_int, "batch_axis")
+    )
     fuse: Callable[[PyTree[Any]], AbstractFusedCell | None] | None = eqx.field(
         static=True, default=None
     )
@@ -48,5 +47,6 @@ class Settings(eqx.Module):
         check_instance("has_aux", self.has_aux, bool)
         check_integer("max_steps", self.max_steps, 1)
         check_instance("tags", self.tags, frozenset)
+        check_data(state=self.state)
         if self.monitor is not None:
             check_instance("monitor", self.monitor, AdjointMonitor)

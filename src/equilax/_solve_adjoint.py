@@ -14,7 +14,7 @@ from ._adjoint import (
 )
 from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
-from ._check import check_callable, check_instance
+from ._check import check_callable, check_data, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
 from ._mesh import all_vary, any_varying
 from ._misc import per_sample
@@ -145,6 +145,7 @@ def solve_adjoint(
     and the linear solver's.
     """
     check_callable("fn", fn, "fn(y, args)")
+    check_data(y=y, cotangent=cotangent, args=args, guess=guess)
     settings = Settings(
         solver,
         1,

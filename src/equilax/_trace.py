@@ -80,12 +80,27 @@ def _check_same(subject: str, verb: str, like: str, got: Any, expected: Any):
             )
 
 
+def _as_leaf(name: str, x: Any, dtype: Any) -> Array:
+    if not eqx.is_array_like(x):
+        raise TypeError(
+            f"`{name}` must have arrays or numbers where `y` has; got a leaf {x!r} of "
+            f"type {type(x).__name__}."
+        )
+    # A number of Python's has no dtype of its own.
+    is_plain = not hasattr(x, "dtype")
+    if (
+        is_plain
+        and isinstance(x, complex)
+        and not jnp.issubdtype(dtype, jnp.complexfloating)
+    ):
+        raise TypeError(f"`{name}` must be real where `y` is; got {x!r}.")
+    return jnp.asarray(x, dtype) if is_plain else jnp.asarray(x)
+
+
 def check_like(name: str, tree: PyTree[Any], y: PyTree[Array]) -> PyTree[Array]:
     """`tree` as arrays, or an error if it is no tree like `y`."""
     if jtu.tree_structure(tree) == jtu.tree_structure(y):
-        # A number of Python's has no dtype of its own.
-        convert = lambda x, a: x if hasattr(x, "dtype") else jnp.asarray(x, a.dtype)
-        tree = jtu.tree_map(convert, tree, y)
+        tree = jtu.tree_map(lambda x, a: _as_leaf(name, x, a.dtype), tree, y)
     _check_same(f"`{name}`", "have", "`y`", tree, y)
     return tree
 

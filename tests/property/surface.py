@@ -243,4 +243,8 @@ FUNCTIONS: dict[str, tuple[Any, dict[str, Any], Any]] = {
         dict(fn=lambda x: x + 2, mesh=_mesh, axis_name="b", in_axes=0),
         2.0,
     ),
+    **{
+        name: (getattr(eqlx, name), dict(x=_y + 2, axis_name=None), size)
+        for name, size in (("max_norm", 2), ("two_norm", 2 * 3**0.5), ("rms_norm", 2))
+    },
 }

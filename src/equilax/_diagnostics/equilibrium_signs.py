@@ -10,7 +10,7 @@ from jaxtyping import Array, Bool, Float, PyTree, Scalar
 
 from .._adjoint import ImplicitAdjoint
 from .._batching import AbstractBatching, Staged
-from .._check import check_callable, check_nonnegative
+from .._check import check_callable, check_data, check_nonnegative
 from .._custom_types import Args, Aux, IntScalar, MaybeAuxFn, RealScalarLike, Y
 from .._dtype import residual_dtype
 from .._fixed_point import solve
@@ -205,6 +205,7 @@ def equilibrium_signs(
     """
     check_callable("fn", fn, "fn(y, args)")
     check_callable("output", output, "output(y)")
+    check_data(y0=y0, args=args, starts=starts)
     check_nonnegative("tolerance", tolerance)
     settings = Settings(
         solver,

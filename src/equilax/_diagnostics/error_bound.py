@@ -4,7 +4,13 @@ import numpy as np
 from jax import lax
 
 from .._bounds import bounds, ErrorBound, flatten, vary_together
-from .._check import check_callable, check_instance, check_integer, check_nonnegative
+from .._check import (
+    check_callable,
+    check_data,
+    check_instance,
+    check_integer,
+    check_nonnegative,
+)
 from .._custom_types import Args, Aux, MaybeAuxFn, RealScalarLike, Y
 from .._dtype import rounding
 from .._mesh import any_varying
@@ -118,6 +124,7 @@ def error_bound(
     check_instance("sol", sol, Solution)
     check_callable("fn", fn, "fn(y, args)")
     check_instance("has_aux", has_aux, bool)
+    check_data(args=args)
     check_integer("num_steps", num_steps, 1)
     _check_tolerance(tolerance)
     return _error_bound(fn, sol.value, args, has_aux, int(num_steps), tolerance)

@@ -1,6 +1,7 @@
 import functools as ft
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import equinox as eqx
 import jax
@@ -11,7 +12,13 @@ from jaxtyping import Array, PyTree, Scalar
 
 from .._axis_names import check_axis_names
 from .._batching import aligned, Vmapped
-from .._check import check_callable, check_fraction, check_instance, check_integer
+from .._check import (
+    check_callable,
+    check_data,
+    check_fraction,
+    check_instance,
+    check_integer,
+)
 from .._custom_types import Args, Aux, MaybeAuxFn, Y
 from .._mesh import any_varying
 from .._solver import AbstractFixedPointSolver, make_loop
@@ -106,6 +113,7 @@ def iterates(
     check_callable("fn", fn, "fn(y, args)")
     check_instance("solver", solver, AbstractFixedPointSolver)
     check_instance("has_aux", has_aux, bool)
+    check_data(y0=y0, args=args)
     if not isinstance(indices, Sequence) or len(indices) == 0:
         raise ValueError(
             "`indices` must be a sequence of at least one number of steps, such as "
@@ -117,6 +125,24 @@ def iterates(
         raise ValueError(f"`indices` must rise; got {list(indices)}.")
     indices = tuple(int(index) for index in indices)
     return _iterates(fn, solver, y0, args, indices, has_aux)
+
+
+def _check_points(points: PyTree[Any]):
+    """Refuse what has no first axis of one size."""
+    check_data(points=points)
+    leaves = jtu.tree_leaves(points)
+    is_inexact = lambda x: jnp.issubdtype(jnp.asarray(x).dtype, jnp.inexact)
+    if not leaves or not all(eqx.is_array_like(x) and is_inexact(x) for x in leaves):
+        raise TypeError(
+            "`points` must be a pytree of floating-point or complex arrays, as by "
+            f"`equilax.iterates`; got {points!r}."
+        )
+    shapes = [jnp.shape(x) for x in leaves]
+    if () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "`points` must have one size along the first axis of all leaves; got the "
+            f"shapes {shapes}."
+        )
 
 
 def correction_loss(
@@ -147,6 +173,7 @@ def correction_loss(
     """
     check_callable("loss", loss, "loss(y)")
     check_fraction("decay", decay)
+    _check_points(points)
     losses = jax.vmap(loss)(points)
     if losses.ndim != 1:
         raise ValueError(

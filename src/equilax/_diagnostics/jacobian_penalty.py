@@ -4,7 +4,13 @@ import jax.numpy as jnp
 import jax.random as jr
 from jaxtyping import PRNGKeyArray, Scalar
 
-from .._check import check_callable, check_instance, check_integer, check_key
+from .._check import (
+    check_callable,
+    check_data,
+    check_instance,
+    check_integer,
+    check_key,
+)
 from .._custom_types import Args, Aux, MaybeAuxFn, Y
 from .._dtype import residual_dtype
 from .._mesh import any_varying, vary_over
@@ -78,4 +84,5 @@ def jacobian_penalty(
     check_key("key", key)
     check_integer("num_samples", num_samples, 1)
     check_instance("has_aux", has_aux, bool)
+    check_data(y=y, args=args)
     return _penalty(fn, y, args, key, int(num_samples), has_aux)

@@ -11,7 +11,13 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray, Scalar
 
 from .._batching import while_loop
-from .._check import check_callable, check_instance, check_integer, check_key
+from .._check import (
+    check_callable,
+    check_data,
+    check_instance,
+    check_integer,
+    check_key,
+)
 from .._custom_types import Args, Aux, IntScalar, MaybeAuxFn, Y
 from .._dtype import residual_dtype
 from .._krylov.cycle import orthogonalise
@@ -128,4 +134,5 @@ def spectral_radius(
     check_key("key", key)
     check_integer("num_steps", num_steps, 1)
     check_instance("has_aux", has_aux, bool)
+    check_data(y=y, args=args)
     return _radius(fn, y, args, key, int(num_steps), has_aux)

@@ -53,6 +53,7 @@ class Newton(AbstractFixedPointSolver[Y, Descent]):
         if self.linear_solver is not None:
             check_instance("linear_solver", self.linear_solver, lx.AbstractLinearSolver)
         check_instance("line_search", self.line_search, AbstractLineSearch)
+        check_instance("tags", self.tags, frozenset)
 
     def split_along(self, axis_name):
         raise ValueError(

@@ -57,7 +57,7 @@ def _check_steps(value: Any):
     """Refuse what is no number of steps, where it can be read."""
     if not eqx.is_array(value) or isinstance(value, np.ndarray):
         check_integer("num_steps", value, 1)
-    elif value.shape != () or not np.issubdtype(value.dtype, np.integer):
+    elif value.shape != () or not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(
             "`num_steps` must be one integer; got an array of "
             f"{value.dtype}{list(value.shape)}."

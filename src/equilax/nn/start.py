@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from .._check import check_data
 from .._misc import struct
 from .._trace import as_state
 
@@ -16,6 +17,7 @@ from .._trace import as_state
 def start(call: Callable, z0: PyTree[Any], args: PyTree[Any]) -> PyTree[Array]:
     """The initial guess, or an error if the cell does not return its like."""
     cell, x, _ = args
+    check_data(x=x, z0=z0)
     init = getattr(cell, "init", None)
     if z0 is not None:
         z0 = as_state(z0, "z0")

@@ -7,7 +7,7 @@ import jax.tree_util as jtu
 from jax import lax
 from jaxtyping import Array, Int, PyTree
 
-from .._check import check_integer
+from .._check import check_data, check_integer
 from .._misc import struct, tree_allfinite, tree_where
 
 
@@ -38,6 +38,7 @@ class WarmStart(eqx.Module):
         - `like`: The state `z` of one of them, or its shapes and dtypes.
         """
         check_integer("num_samples", num_samples, 1)
+        check_data(like=like)
         leaves = jtu.tree_leaves(like)
         is_typed = lambda x: hasattr(x, "shape") and hasattr(x, "dtype")
         if not leaves or not all(map(is_typed, leaves)):

@@ -10,7 +10,7 @@ import jax.tree_util as jtu
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, PyTree
 
-from .._check import check_axis_name, check_callable, check_instance
+from .._check import check_axis_name, check_callable, check_data, check_instance
 from .._mesh import all_vary, as_names, manual_axes
 
 
@@ -60,6 +60,7 @@ def shard_vmap(
     check_instance("mesh", mesh, Mesh)
     check_axis_name(axis_name)
     names = as_names(axis_name)
+    check_data(in_axes=in_axes)
     unknown = sorted(set(names) - set(mesh.axis_names))
     if unknown or not names:
         raise ValueError(
