@@ -15,6 +15,7 @@ from tqdm import tqdm
 from .core import CORE
 from .kernels import KERNELS
 from .mutation import Mutation
+from .told import TOLD
 
 
 _ROOT = Path(__file__).parents[2]
@@ -53,7 +54,9 @@ def _verdict(tree: Path, mutation: Mutation) -> str:
 
 
 def main(words: list[str], trust: bool) -> int:
-    chosen = [m for m in KERNELS + CORE if not words or any(w in m.name for w in words)]
+    chosen = [
+        m for m in KERNELS + CORE + TOLD if not words or any(w in m.name for w in words)
+    ]
     num_bad = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

@@ -56,8 +56,8 @@ CORE = (
     Mutation(
         "one step too many",
         "src/equilax/_solver/iterate.py",
-        "ran_out = now.num_steps >= max_steps",
-        "ran_out = now.num_steps > max_steps",
+        "(now.num_steps >= max_steps)",
+        "(now.num_steps > max_steps)",
         ("tests/test_status.py",),
     ),
     Mutation(
