@@ -78,10 +78,10 @@ TOLD = (
         _MESSAGES,
     ),
     Mutation(
-        "the first message for all",
+        "a residual by its bits",
         "src/equilax/_failure.py",
-        "number = next(self.numbers) % 2**30",
-        "number = 0 * next(self.numbers)",
+        "            residual = residual.view(np.float32)\n",
+        "",
         _MESSAGES,
     ),
 )

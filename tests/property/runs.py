@@ -29,6 +29,7 @@ ADJOINTS = {
     "krylov": eqlx.ImplicitAdjoint(eqlx.KrylovLinearSolver()),
     "neumann": eqlx.ImplicitAdjoint(eqlx.Neumann(NEUMANN_TERMS)),
     "lu": eqlx.ImplicitAdjoint(lx.LU()),
+    "shared_inverse": eqlx.SharedInverseAdjoint(eqlx.KrylovLinearSolver()),
 }
 NESTS = (
     "vmap_of_grad",
@@ -61,6 +62,8 @@ def structure(row: dict[str, Any]) -> Structure:
     is_direct = row.get("adjoint") == "lu"
     if is_direct and (kind.eps > 1e-4 or "shard" in row.get("nest", "")):
         row["adjoint"] = "krylov"
+    if row.get("adjoint") == "shared_inverse" and "broyden" not in row["solver"]:
+        row["solver"] = "broyden" if kind.size % 2 else "bad_broyden"
     return Structure(kind, **row)
 
 
