@@ -14,8 +14,8 @@ class RecursiveCheckpointAdjoint(AbstractAdjoint):
     The derivative is that of the steps that were taken, the dependence on `y0` and the
     error of a solve cut short included: `n` steps of $y \leftarrow a y + b$ have the
     derivative $a^n$ in `y0`. A solve in which nothing moves any more takes no further
-    steps, and has no derivative through them. Checkpoints as in Stumm and Walther (2010) keep the memory
-    at $O(\log n)$ times `y` for $O(n \log n)$ evaluations.
+    steps, and has no derivative through them. Checkpoints as in Stumm and Walther
+    (2010) keep the memory at $O(\log n)$ times `y` for $O(n \log n)$ evaluations.
 
     Use it to train through a few steps on purpose, or to check an implicit gradient.
     [`equilax.ImplicitAdjoint`][] costs less and is exact at a solution. Reverse mode of
