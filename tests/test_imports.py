@@ -16,7 +16,7 @@ _ORDER = (
     ("_mesh",),
     ("_check", "_solution"),
     ("_norm",),
-    ("_misc", "_failure", "_ravel"),
+    ("_misc", "_eager", "_failure", "_ravel"),
     ("_batching",),
     ("_krylov", "_singular_value", "_trace"),
     ("_bounds", "_solver"),

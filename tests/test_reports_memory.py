@@ -1,10 +1,15 @@
 """Memory, retracing and compile caches, of the kinds that `tests/README.md` lists."""
 
+import gc
+import logging
+import weakref
+
 import equilax as eqlx
 import equinox as eqx
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.extend.backend import get_backend
 
 from .helpers import Counted, every_solver, tanh_cell, tanh_problem
 
@@ -59,6 +64,56 @@ def test_a_solve_outside_of_jit_is_compiled_once_for_settings_made_anew(getkey):
             counted, solver, 0 * x, (w, x + k), adjoint=adjoint, batching=eqlx.Staged()
         )
     assert len(counted.traces) == 1
+
+
+def _by_a_new_function(kind, x):
+    """One solve, or what goes with it, by a function that nobody has afterwards."""
+    fn = lambda y, x: 0.5 * jnp.tanh(y) + x
+    solver = eqlx.FixedPointIteration(0.0, 1e-3)
+    solve = lambda x: eqlx.fixed_point(fn, solver, 0 * x, x).value
+    if kind == "value":
+        solve(x)
+    elif kind == "gradient":
+        jax.grad(lambda x: jnp.sum(solve(x)))(x)
+    elif kind == "batch":
+        jax.vmap(solve)(jnp.stack([x, 2 * x]))
+    elif kind == "jit":
+        jax.jit(solve)(x)
+    elif kind == "failure":
+        with pytest.raises(Exception, match="failed"):
+            eqlx.fixed_point(fn, solver, 0 * x, x, max_steps=1)
+    else:
+        eqlx.solve_adjoint(fn, solver, x, x, x)
+    return weakref.ref(fn)
+
+
+@pytest.mark.parametrize(
+    "kind", ["value", "gradient", "batch", "jit", "failure", "adjoint"]
+)
+def test_programs_go_with_the_functions_that_they_were_made_of(kind, monkeypatch):
+    # Who keeps the records keeps all that an error has passed through.
+    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+    x = jnp.ones(4)
+    nums = []
+    for _ in range(4):
+        known = _by_a_new_function(kind, x)
+        gc.collect()
+        assert known() is None
+        nums.append(len(get_backend().live_executables()))
+    assert nums[-1] <= nums[0]
+
+
+def test_an_error_outside_of_jit_says_no_more_than_what_failed():
+    fn = lambda y, a: a * y + 1
+    solver = eqlx.FixedPointIteration(0.0, 1e-8)
+    with pytest.raises(eqx.EquinoxRuntimeError) as error:
+        eqlx.fixed_point(fn, solver, jnp.zeros(()), 0.9, max_steps=3)
+    lines = str(error.value).splitlines()
+    assert lines[0] == "The fixed-point solve failed."
+    assert lines[2:] == [
+        "After 3 steps, with a residual of 0.729.",
+        "`throw=False` returns the outcome in `Solution.result` instead.",
+    ]
 
 
 def _temporary(fn, *args):

@@ -18,6 +18,7 @@ from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_data
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
+from ._eager import compiled_for_each
 from ._failure import Kind, raise_if_failed
 from ._fused import iterate_fused
 from ._mesh import any_varying
@@ -108,7 +109,7 @@ def _solve(problem: Problem, run: Run | None) -> Ended:
     return eqx.tree_at(lambda e: (e.y, e.residual), end, (y, residual)), stats
 
 
-@eqx.filter_jit
+@compiled_for_each
 def _fixed_point(fn, y0, args, settings: Settings) -> Solution:
     has_aux, batch_axis = settings.has_aux, settings.batch_axis
     is_batch = batch_axis is not None
@@ -185,8 +186,8 @@ def fixed_point(
     - `fn`: Maps `(y, args)` to a pytree with the structure, shapes and dtypes of `y`.
         Any callable; derivatives reach `args` and whatever it closes over. Traced once:
         a call outside of `jax.jit` is compiled, and kept for the next call with an
-        equal `fn`, as by [`equinox.filter_jit`][]. What changes belongs into `args`, or
-        into a function defined anew, not into a global variable.
+        equal `fn` for as long as there is such a one. What changes belongs into `args`,
+        or into a function defined anew, not into a global variable.
     - `solver`: A fixed-point solver, such as [`equilax.Anderson`][].
     - `y0`: The initial guess: a pytree of floating-point or complex arrays.
     - `args`: Passed to `fn`. Any pytree; what is not an array stays as it is.

@@ -1,6 +1,5 @@
 from typing import Any, cast
 
-import equinox as eqx
 from jaxtyping import PyTree
 
 from ._adjoint import (
@@ -16,6 +15,7 @@ from ._axis_names import check_axis_names
 from ._batching import AbstractBatching, Staged
 from ._check import check_callable, check_data, check_instance
 from ._custom_types import Args, Aux, MaybeAuxFn, Y
+from ._eager import compiled_for_each
 from ._mesh import all_vary, any_varying
 from ._misc import per_sample
 from ._settings import Settings
@@ -31,7 +31,7 @@ from ._trace import (
 )
 
 
-@eqx.filter_jit
+@compiled_for_each
 def _solve_adjoint(fn, y, cotangent, args, guess, settings: Settings) -> Solution:
     solver, state, batch_axis = settings.solver, settings.state, settings.batch_axis
     y = as_state(y)
