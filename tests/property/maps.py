@@ -122,6 +122,10 @@ class Truth:
         if kind.is_complex:
             w = np.block([[w.real, -w.imag], [w.imag, w.real]])
         self.w, self.x = w, to_real(kind, problem.x)
+        # Of a sparse one entries at one place add up, and may cancel.
+        terms = _matrix(kind, np.abs(wide(kind, problem.weights)), problem.places)
+        terms = np.asarray(terms, float)
+        self.terms = np.tile(terms, (2, 2)) if kind.is_complex else terms
         self.places = problem.places
         self.gain = float(np.linalg.norm(w, 2)) if w.size else 0.0
         # Sums in half precision are taken in single; those of a scatter are not.
@@ -150,8 +154,18 @@ class Truth:
 
     def rounding(self, y) -> float:
         """How far off an evaluation at `y` may be in the dtype."""
-        size = np.abs(self.w) @ np.abs(y) + np.abs(self.x) + np.abs(y)
-        return (self.num_terms + 8) * self.kind.eps * float(np.max(size, initial=0))
+        size = self.terms @ np.abs(y) + np.abs(self.x) + np.abs(y)
+        relative = self.kind.eps * float(np.max(size, initial=0))
+        # Next to zero numbers are as far apart as there.
+        least = float(jnp.finfo(self.kind.dtype).smallest_subnormal)
+        return (self.num_terms + 8) * (relative + least)
+
+    @property
+    def is_noisy(self) -> bool:
+        """Whether rounding keeps an adjoint from the residual that is asked for."""
+        size = np.max(np.sum(self.terms, axis=1), initial=0)
+        noise = (self.num_terms + 8) * self.kind.eps * float(size)
+        return noise > max(1e-3, 32 * self.kind.eps)
 
     def solve(self):
         """The fixed point: plain steps, then Newton's. For contractions."""

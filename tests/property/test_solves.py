@@ -84,7 +84,7 @@ def test_values_statuses_and_gradients(s, data):
         grad = [np.asarray(g[i]) for g in grads]
         is_number = all(np.all(np.isfinite(g.astype(complex))) for g in grad)
         # A derivative that was not found is not a number; that of a contraction is.
-        assert is_number or truth.gain > 0.8
+        assert is_number or truth.gain > 0.8 or truth.is_noisy
         if is_number:
             Derivative(s, truth, row["value"], rtol, atol).check_gradient(cts[i], grad)
 
@@ -102,7 +102,7 @@ def test_forward_mode(s, data):
         truth, row, tangent = Truth(one), _row(out[1], i), np.asarray(out[0][i])
         check_status(s, truth, row, rtol, atol)
         is_number = np.all(np.isfinite(tangent.astype(complex)))
-        assert is_number or truth.gain > 0.8
+        assert is_number or truth.gain > 0.8 or truth.is_noisy
         if is_number:
             derivative = Derivative(s, truth, row["value"], rtol, atol)
             derivative.check_tangent((one.weights, directions[i]), tangent)
