@@ -87,12 +87,18 @@ def _by_a_new_function(kind, x):
     return weakref.ref(fn)
 
 
+@pytest.fixture
+def no_records():
+    """Who keeps the records keeps all that an error has passed through."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+
+
 @pytest.mark.parametrize(
     "kind", ["value", "gradient", "batch", "jit", "failure", "adjoint"]
 )
-def test_programs_go_with_the_functions_that_they_were_made_of(kind, monkeypatch):
-    # Who keeps the records keeps all that an error has passed through.
-    monkeypatch.setattr(logging.root.manager, "disable", logging.CRITICAL)
+def test_programs_go_with_the_functions_that_they_were_made_of(kind, no_records):
     x = jnp.ones(4)
     nums = []
     for _ in range(4):
