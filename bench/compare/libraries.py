@@ -28,7 +28,7 @@ def _optimistix_run(optx: Any, linear, fn, forward, backward, max_steps):
     def run(z0, args):
         return optx.fixed_point(
             fn,
-            optx.FixedPointIteration(forward, 0.0),
+            optx.FixedPointIteration(forward, forward),
             z0,
             args,
             max_steps=max_steps,

@@ -14,6 +14,10 @@ from jax import lax
 from .contender import Contender, Make
 
 
+# Each sample by its own norm, as the others measure.
+_NORM = eqlx.RelativeToNorm()
+
+
 def by_equilax(solver, adjoint=None, **options) -> Make:
     def make(fn, forward, backward, max_steps):
         linear = eqlx.ImplicitAdjoint() if adjoint is None else adjoint(backward)
@@ -21,7 +25,7 @@ def by_equilax(solver, adjoint=None, **options) -> Make:
         def run(z0, args):
             return eqlx.fixed_point(
                 fn,
-                solver(forward, 0.0),
+                solver(forward, 0.0, norm=_NORM),
                 z0,
                 args,
                 max_steps=max_steps,
@@ -35,23 +39,26 @@ def by_equilax(solver, adjoint=None, **options) -> Make:
     return make
 
 
-def _own(backward):
-    solver = eqlx.FixedPointIteration(backward, 0.0)
-    return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(solver, max_steps=4000))
+def _own(solver):
+    """An adjoint by `solver` too, with a tolerance of its own."""
 
+    def adjoint(backward):
+        linear = solver(backward, 0.0, norm=_NORM)
+        return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(linear, max_steps=4000))
 
-def _own_anderson(backward):
-    solver = eqlx.Anderson(backward, 0.0)
-    return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(solver, max_steps=4000))
+    return adjoint
 
 
 def ours() -> list[Contender]:
     add = ft.partial(Contender, "equilax")
+    both = lambda solver: by_equilax(solver, _own(solver))
+    longer = ft.partial(eqlx.Anderson, history_length=8)
     return [
         add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
-        add("Anderson, own tolerance", by_equilax(eqlx.Anderson, _own_anderson)),
-        add("iteration, own tolerance", by_equilax(eqlx.FixedPointIteration, _own)),
-        add("Broyden", by_equilax(eqlx.Broyden), is_tied=True),
+        add("Anderson, own tolerance", both(eqlx.Anderson)),
+        add("Anderson of 8, own tolerance", both(longer)),
+        add("iteration, own tolerance", both(eqlx.FixedPointIteration)),
+        add("Broyden, own tolerance", both(eqlx.Broyden)),
     ]
 
 

@@ -36,7 +36,12 @@ from ._linear import (
     Neumann as Neumann,
     Terms as Terms,
 )
-from ._norm import max_norm as max_norm, rms_norm as rms_norm, two_norm as two_norm
+from ._norm import (
+    max_norm as max_norm,
+    RelativeToNorm as RelativeToNorm,
+    rms_norm as rms_norm,
+    two_norm as two_norm,
+)
 from ._solution import RESULTS as RESULTS, Solution as Solution
 from ._solve_adjoint import solve_adjoint as solve_adjoint
 from ._solver import (

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, Inexact, PyTree, Scalar
 
-from ._check import check_axis_name, check_data
+from ._check import check_axis_name, check_callable, check_data
 from ._custom_types import AxisName, Norm
 from ._dtype import at_least_single, promote, real
 from ._mesh import from_all, num_parts
@@ -115,6 +115,40 @@ def rms_norm(x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None) -> Sc
     """
     check_axis_name(axis_name)
     return two_norm(x, axis_name) / math.sqrt(max(num_elements(x, axis_name), 1))
+
+
+class RelativeToNorm(eqx.Module):
+    r"""A norm, with tolerances that count in the norm of the whole.
+
+    Given to a solver as its `norm`, a solve has converged where
+    $\|f(y) - y\| < \mathrm{atol} + \mathrm{rtol} \|y\|$, and not where
+    $\|(f(y) - y) / (\mathrm{atol} + \mathrm{rtol} |y|)\| < 1$, which each element has
+    to meet in units of its own.
+
+    Use it where an element near zero matters no more than the others do: with `atol=0`
+    a solve does not go on for the digits of the smallest element, and the samples of a
+    batch end after more equal numbers of steps.
+
+    Called, it is the norm inside. Cost: that of the norm inside, of `fn(y) - y` and of
+    `y`; one pass over both for [`equilax.max_norm`][].
+    """
+
+    norm: Norm = max_norm
+
+    def __check_init__(self):
+        check_callable("norm", self.norm, "norm(y)")
+
+    def __call__(
+        self, x: PyTree[Inexact[Array, "..."]], axis_name: AxisName = None
+    ) -> Scalar:
+        """The norm of `x`, split along the mesh axes `axis_name`."""
+        return measured(self.norm, x, axis_name)
+
+
+RelativeToNorm.__init__.__doc__ = """**Arguments:**
+
+- `norm`: The norm `PyTree -> Scalar`.
+"""
 
 
 def num_elements(x: PyTree[Any], axis_name: AxisName = None) -> int:
