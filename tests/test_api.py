@@ -59,6 +59,7 @@ _NAMES = {
     "jacobian_penalty",
     "max_norm",
     "nn",
+    "RelativeToNorm",
     "rms_norm",
     "sharding",
     "solve_adjoint",

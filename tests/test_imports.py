@@ -16,6 +16,7 @@ _ORDER = (
     ("_mesh",),
     ("_check", "_solution"),
     ("_norm",),
+    ("_convolution",),
     ("_misc", "_eager", "_failure", "_ravel"),
     ("_batching",),
     ("_krylov", "_singular_value", "_trace"),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import jax.tree_util as jtu
 from jaxtyping import Array, PyTree
 
+from ._convolution import with_quick_convolutions
 from ._custom_types import AxisName, BoolScalar, Y
 from ._dtype import at_least_single
 from ._mesh import on_all
@@ -93,5 +94,6 @@ def hoist(fn: Callable, *args: PyTree[Any]) -> Hoisted:
         return out
 
     closed, out_struct = jax.make_jaxpr(of_arrays, return_shape=True)(dynamic)
+    closed = with_quick_convolutions(closed)
     consts = [jnp.asarray(x) for x in closed.consts]
     return Hoisted(consts, closed.jaxpr, struct(out_struct), found[-1])

@@ -26,6 +26,27 @@ CORE = (
         ("tests/test_status.py",),
     ),
     Mutation(
+        "no relative tolerance of the whole",
+        "src/equilax/_solver/judge.py",
+        "tolerance_as(dtype, solver.rtol) * size\n    scaled",
+        "tolerance_as(dtype, solver.rtol)\n    scaled",
+        ("tests/test_relative_norm.py",),
+    ),
+    Mutation(
+        "a convolution's result left in another layout",
+        "src/equilax/_convolution.py",
+        "[found[out_spec.index(i)] for i in range(rank)]",
+        "[found[lhs_spec.index(i)] for i in range(rank)]",
+        ("tests/test_convolution.py",),
+    ),
+    Mutation(
+        "slow convolutions left in the loops",
+        "src/equilax/_misc.py",
+        "    closed = with_quick_convolutions(closed)\n",
+        "",
+        ("tests/test_convolution.py",),
+    ),
+    Mutation(
         "the last iterate of a failure",
         "src/equilax/_solver/iterate.py",
         "    return dataclasses.replace(end, y=y, residual=residual)",

@@ -47,6 +47,7 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     eqlx.BestSoFar: dict(solver=_solver),
     eqlx.Traced: dict(solver=_solver),
     eqlx.UpTo: dict(solver=_solver, num_steps=3),
+    eqlx.RelativeToNorm: dict(norm=eqlx.two_norm),
     eqlx.Backtracking: dict(decrease=1e-4, factor=0.5, growth=0.0, min_length=1e-3),
     eqlx.Staged: dict(factor=4, min_size=2),
     eqlx.ImplicitAdjoint: dict(

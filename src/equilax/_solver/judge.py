@@ -1,5 +1,4 @@
 import functools as ft
-from collections.abc import Sequence
 from typing import Any
 
 import equinox as eqx
@@ -36,12 +35,12 @@ class Judged(eqx.Module):
     is_finite: BoolScalar
 
 
-def _joined(parts: list[tuple[Scalar, ...]], axis_name: AxisName) -> Sequence[Scalar]:
+def _joined(parts: list[tuple[Scalar, ...]], axis_name: AxisName) -> list[Scalar]:
     """The largest of each number over all leaves, and the devices they are split on."""
     largest = [ft.reduce(jnp.maximum, numbers) for numbers in zip(*parts, strict=True)]
     if axis_name is None:
         return largest
-    return jnp.max(from_all(jnp.stack(largest), axis_name), axis=0)
+    return list(jnp.max(from_all(jnp.stack(largest), axis_name), axis=0))
 
 
 def _judge_max(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
