@@ -5,11 +5,16 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import equilax as eqlx
 import jax
-from tqdm import tqdm
+import numpy as np
+
+from .progress import progress
+
+
+Name = TypeVar("Name")
 
 
 def describe() -> str:
@@ -40,17 +45,32 @@ def machine() -> dict[str, Any]:
 
 
 def compare(
-    cases: dict[str, Callable[[], Any]], *, repeats: int, title: str
-) -> dict[str, float]:
-    """The median milliseconds of each case, the cases taking turns."""
+    cases: dict[Name, Callable[[], Any]],
+    *,
+    repeats: int,
+    title: str,
+    most_seconds: float = float("inf"),
+) -> dict[Name, float]:
+    """Median milliseconds. Each round times every case once, in an order of its own.
+
+    **Arguments:**
+
+    - `most_seconds`: After which there is no further round, but three at least.
+    """
     for run in cases.values():
         jax.block_until_ready(run())
-    times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in tqdm(range(repeats), desc=title, leave=False):
-        for name, run in cases.items():
+    times: dict[Name, list[float]] = {name: [] for name in cases}
+    began, names = time.perf_counter(), list(cases)
+    # Threads of a case go on waiting for work after it: no case has always the same
+    # one before it.
+    rng = np.random.default_rng(0)
+    for i in progress(range(repeats), title):
+        if i >= 3 and time.perf_counter() - began > most_seconds:
+            break
+        for k in rng.permutation(len(names)):
             start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(1e3 * (time.perf_counter() - start))
+            jax.block_until_ready(cases[names[k]]())
+            times[names[k]].append(1e3 * (time.perf_counter() - start))
     return {name: statistics.median(t) for name, t in times.items()}
 
 
@@ -59,7 +79,7 @@ def compile_times(
 ) -> dict[str, float]:
     """The median seconds to trace, lower and compile what each case makes anew."""
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for _ in tqdm(range(repeats), desc=title, leave=False):
+    for _ in progress(range(repeats), title):
         for name, make in cases.items():
             fn, args = make()
             jax.clear_caches()

@@ -1,24 +1,20 @@
 """Find for each contender the setting that is good enough, then time them in turns."""
 
 import dataclasses
-import statistics
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from .contender import Contender
-from .progress import progress
 from .workload import Workload
 
 
 Tolerances = tuple[float, float]
 
 KINDS = ("forward", "both", "step")
-_MOST_SECONDS = 90.0  # For the rounds of one workload.
 
 
 @dataclasses.dataclass
@@ -177,24 +173,3 @@ def _loosen(compiled: Compiled, entry: Entry, grid) -> None:
         if gradient <= work.target:
             entry.tolerances, entry.gradient_error = pair, gradient
             return
-
-
-def time_in_turns(
-    cases: dict[tuple[str, str], Callable[[], Any]], *, repeats: int, title: str
-) -> dict[tuple[str, str], float]:
-    """Median milliseconds. Each round times every case once, in an order of its own."""
-    for run in cases.values():
-        jax.block_until_ready(run())
-    times: dict[tuple[str, str], list[float]] = {key: [] for key in cases}
-    began, names = time.perf_counter(), list(cases)
-    # Threads of a case go on waiting for work after it: no case has always the same
-    # one before it.
-    rng = np.random.default_rng(0)
-    for i in progress(range(repeats), title):
-        if i >= 3 and time.perf_counter() - began > _MOST_SECONDS:
-            break
-        for k in rng.permutation(len(names)):
-            start = time.perf_counter()
-            jax.block_until_ready(cases[names[k]]())
-            times[names[k]].append(1e3 * (time.perf_counter() - start))
-    return {key: statistics.median(t) for key, t in times.items()}

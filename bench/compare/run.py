@@ -6,10 +6,10 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+from ..progress import progress
 from . import count, floor
 from .contender import Contender
-from .measure import Compiled, Entry, fit, KINDS, time_in_turns
-from .progress import progress
+from .measure import Compiled, Entry, fit, KINDS
 from .workload import Workload
 
 
@@ -129,7 +129,12 @@ def run(
             for kind, case in other.cases(entry).items():
                 cases[other.row, kind] = case
         floors, found = _floors(work, entries)
-        times = time_in_turns(cases | floors, repeats=repeats, title=work.name)
+        times = compare(
+            cases | floors,
+            repeats=repeats,
+            title=work.name,
+            most_seconds=_MOST_SECONDS,
+        )
     for other in outsiders:
         other.close()
     for (row, kind), value in times.items():
