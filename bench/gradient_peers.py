@@ -108,7 +108,7 @@ def _row(tolerances, errors, times: dict[str, float]) -> list[str]:
         ", ".join(f"{t:.0e}" for t in dict.fromkeys(tolerances)),
         *(f"{error:.0e}" for error in errors),
         *(f"{number:.2f}" for number in numbers),
-        f"{backward / ours:.1f}",
+        f"{backward / ours:.2f}",
     ]
 
 

@@ -7,11 +7,14 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 from ..progress import progress
+from ..timing import compare
 from . import count, floor
 from .contender import Contender
 from .measure import Compiled, Entry, fit, KINDS
 from .workload import Workload
 
+
+_MOST_SECONDS = 90.0  # For the rounds of one workload.
 
 Cases = dict[tuple[str, str], Callable[[], Any]]
 
