@@ -138,6 +138,12 @@ def test_it_is_the_norm_inside():
     assert eqlx.RelativeToNorm(eqlx.two_norm)(x) == 5
 
 
+def test_a_norm_that_knows_no_mesh_axes_is_refused_for_a_state_that_is_split():
+    norm = eqlx.RelativeToNorm(lambda y: jnp.max(jnp.abs(y)))
+    with pytest.raises(ValueError, match="`norm` must be callable as `norm\\(y, axis"):
+        eqlx.FixedPointIteration(1e-6, 0.0, norm=norm, axis_name="part")
+
+
 def test_what_is_no_norm_is_refused():
     with pytest.raises(TypeError, match="norm"):
         eqlx.RelativeToNorm(2.0)  # pyright: ignore
