@@ -94,8 +94,8 @@ class AbstractFixedPointSolver(eqx.Module, Generic[Y, SolverState]):
     def __check_init__(self):
         check_tolerances(self.rtol, self.atol)
         check_axis_name(self.axis_name)
-        is_whole = isinstance(self.norm, RelativeToNorm)
-        check_norm(self.norm.norm if is_whole else self.norm, self.axis_name)
+        norm = self.norm.norm if isinstance(self.norm, RelativeToNorm) else self.norm
+        check_norm(norm, self.axis_name)
 
     def split_along(self, axis_name: AxisName) -> "AbstractFixedPointSolver":
         """This solver, for a state that is split along the mesh axes `axis_name`."""
