@@ -1,4 +1,4 @@
-"""Find for each contender the setting that is good enough, then time them in turns."""
+"""Find for each contender the setting that is good enough."""
 
 import dataclasses
 import time
