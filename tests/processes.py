@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 
 # In place of a signal: from then on no file can grow past `LARGEST` bytes. It fails in
-# the midst of a file as a full disk does, but for the number of the error.
+# the midst of a file as a full disk does, but for the number of the error. What the
+# process says must go into a pipe, or that ends there too.
 FULL = 0
-LARGEST = 1 << 14
+LARGEST = 1 << 12
 
 # Runs a script and sends it a signal when it calls a function for the n-th time. One
 # that lives on dawdles, so that not all steps are made before it can react.
@@ -87,6 +88,7 @@ def finish(process: subprocess.Popen[bytes], *, timeout: float) -> SimpleNamespa
         except subprocess.TimeoutExpired:
             process.kill()
             raise
-    # Not as text, which would make line feeds of the bar's carriage returns.
-    stdout, stderr = stdout.decode(), stderr.decode()
+    # Not as text, which would make line feeds of the bar's carriage returns. Nothing
+    # comes through the second pipe where both streams go into the first.
+    stdout, stderr = stdout.decode(), (stderr or b"").decode()
     return SimpleNamespace(code=process.returncode, stdout=stdout, stderr=stderr)
