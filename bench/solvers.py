@@ -33,6 +33,7 @@ _counted = {
     "iteration": eqlx.FixedPointIteration(0.0, 0.0),
     "Anderson(5)": eqlx.Anderson(0.0, 0.0),
     "Anderson(10)": eqlx.Anderson(0.0, 0.0, history_length=10),
+    "alternating(5)": eqlx.AlternatingAnderson(0.0, 0.0),
     "type I(5)": eqlx.AndersonTypeI(0.0, 0.0),
     "Broyden(10)": eqlx.Broyden(0.0, 0.0),
     "Broyden(30)": eqlx.Broyden(0.0, 0.0, history_length=30),

@@ -24,6 +24,7 @@ def solver_list(rtol, atol):
         "damped": eqlx.FixedPointIteration(rtol, atol, damp=0.3),
         "anderson": eqlx.Anderson(rtol, atol),
         "anderson_damped": eqlx.Anderson(rtol, atol, history_length=3, damp=0.2),
+        "alternating": eqlx.AlternatingAnderson(rtol, atol),
         "type_i": eqlx.AndersonTypeI(rtol, atol),
         "broyden": eqlx.Broyden(rtol, atol),
         "bad_broyden": eqlx.BadBroyden(rtol, atol),

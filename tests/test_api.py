@@ -19,6 +19,7 @@ _NAMES = {
     "AbstractMatrixFreeSolver",
     "AdjointMonitor",
     "Aitken",
+    "AlternatingAnderson",
     "Anderson",
     "AndersonTypeI",
     "Auto",

@@ -85,7 +85,7 @@ def test_arrows_point_down(path):
 
 def test_the_check_sees_an_arrow_that_points_up():
     assert "_solver" in _targets(_ROOT / "_adjoint" / "base.py")
-    assert "equilax_kernels" in _targets(_ROOT / "_solver" / "anderson.py")
+    assert "equilax_kernels" in _targets(_ROOT / "_solver" / "least_squares.py")
 
 
 @pytest.mark.parametrize("root", [_ROOT, _KERNELS], ids=["equilax", "kernels"])

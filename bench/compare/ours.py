@@ -56,6 +56,7 @@ def ours() -> list[Contender]:
     return [
         add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
         add("Anderson, own tolerance", both(eqlx.Anderson)),
+        add("alternating Anderson, own tolerance", both(eqlx.AlternatingAnderson)),
         add("Anderson of 8, own tolerance", both(longer)),
         add("iteration, own tolerance", both(eqlx.FixedPointIteration)),
         add("Broyden, own tolerance", both(eqlx.Broyden)),

@@ -49,6 +49,7 @@ from ._solver import (
     AbstractInverseEstimate as AbstractInverseEstimate,
     AbstractLineSearch as AbstractLineSearch,
     Aitken as Aitken,
+    AlternatingAnderson as AlternatingAnderson,
     Anderson as Anderson,
     AndersonTypeI as AndersonTypeI,
     Auto as Auto,

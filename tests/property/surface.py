@@ -27,6 +27,9 @@ CONSTRUCTORS: dict[Any, dict[str, Any]] = {
     eqlx.Anderson: _tolerances
     | _knobs
     | dict(history_length=3, damp=0.1, ridge=1e-10, safeguard=2.0),
+    eqlx.AlternatingAnderson: _tolerances
+    | _knobs
+    | dict(history_length=3, period=2, damp=0.1, ridge=1e-10, safeguard=2.0),
     eqlx.AndersonTypeI: _tolerances
     | _knobs
     | dict(history_length=3, damp=0.1, regularisation=0.01, independence=1e-3)

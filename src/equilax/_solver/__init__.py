@@ -1,4 +1,5 @@
 from .aitken import Aitken as Aitken
+from .alternating_anderson import AlternatingAnderson as AlternatingAnderson
 from .anderson import Anderson as Anderson, Rejections as Rejections
 from .anderson_type_i import AndersonTypeI as AndersonTypeI
 from .auto import Auto as Auto

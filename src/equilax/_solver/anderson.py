@@ -3,7 +3,6 @@ import dataclasses
 import equinox as eqx
 import jax.numpy as jnp
 import jax.tree_util as jtu
-from equilax_kernels import spd_solve
 from jaxtyping import Array, Float, PyTree, Scalar
 
 from .._check import (
@@ -18,6 +17,7 @@ from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import ring
 from .base import AbstractFixedPointSolver, Step
+from .least_squares import least_squares
 
 
 # A weight this much larger than the residual moves by rounding errors alone.
@@ -205,16 +205,8 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
         products = ring.products(
             state.d_residuals, residual, gram.dtype, self.axis_name
         )
-        lengths = jnp.diagonal(gram)
         is_used = ring.ages(m, (at.num_steps - 1) % m) < state.num_used
-        is_used = is_used & (lengths > 0)
-        scale = jnp.where(is_used, 1 / jnp.sqrt(jnp.where(is_used, lengths, 1)), 0)
-        cosines = gram * jnp.outer(scale, scale)
-        # A row that is not used has a scale of zero, and one on the diagonal.
-        diagonal = jnp.where(is_used, jnp.asarray(self.ridge, gram.dtype), 1)
-        cosines = cosines + jnp.diag(diagonal)
-        floor = jnp.array(10 * jnp.finfo(gram.dtype).eps, gram.dtype)
-        return scale * spd_solve(cosines, scale * products, floor)
+        return least_squares(gram, products, is_used, self.ridge)
 
     def postprocess(self, y, residual, is_successful, state):
         del is_successful

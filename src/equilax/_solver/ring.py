@@ -58,6 +58,25 @@ def products(
     return total(ft.reduce(jnp.add, leaves), axis_name)
 
 
+def gram(rows: PyTree[Array], dtype: Any, axis_name: AxisName) -> Float[Array, "m m"]:
+    """The real inner products of all rows of a history with each other."""
+
+    def product(x):
+        x = x.reshape(x.shape[0], -1)
+        accumulate = promote(x.dtype, dtype)
+        out = jnp.einsum(
+            "in,jn->ij",
+            jnp.conj(x),
+            x,
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=accumulate,
+        )
+        return out.real.astype(dtype)
+
+    leaves = jtu.tree_leaves(jtu.tree_map(product, rows))
+    return total(ft.reduce(jnp.add, leaves), axis_name)
+
+
 def combine(weights: Float[Array, " m"], rows: Array) -> Array:
     """The sum of `weights[j] * rows[j]`, in at least single precision."""
     dtype = at_least_single(rows.dtype)
