@@ -172,6 +172,36 @@ def test_a_warm_start_knows_the_steps_of_the_solve_before(getkey, period):
         assert np.allclose(sol.value, expected[-1], rtol=1e-6, atol=1e-8), num_steps
 
 
+@pytest.mark.parametrize("wrap", [lambda solver: solver, eqlx.Traced])
+def test_the_default_adjoint_alternates_too(getkey, wrap):
+    w = np.asarray(jr.normal(getkey(), (64, 64)))
+    w = 0.95 * (w + w.T) / np.linalg.norm(w + w.T, ord=2)
+    x, ct = 0.1 * jr.normal(getkey(), (64,)), jr.normal(getkey(), (64,))
+
+    def run(solver, adjoint):
+        sol = eqlx.fixed_point(
+            tanh_cell, wrap(solver), jnp.zeros(64), (w, x), max_steps=2000
+        )
+        back = eqlx.solve_adjoint(
+            tanh_cell, wrap(solver), sol.value, ct, (w, x), adjoint=adjoint
+        )
+        return sol.value, back.value, int(back.stats["num_steps"])
+
+    linear = eqlx.FixedPointLinearSolver(eqlx.AlternatingAnderson(0.0, 1e-9))
+    alternating, every = (
+        solver(1e-9, 0.0, norm=eqlx.RelativeToNorm())
+        for solver in (eqlx.AlternatingAnderson, eqlx.Anderson)
+    )
+    y, value, num_steps = run(alternating, eqlx.ImplicitAdjoint())
+    _, _, explicit = run(alternating, eqlx.ImplicitAdjoint(linear))
+    _, _, slower = run(every, eqlx.ImplicitAdjoint())
+    assert num_steps == explicit
+    assert num_steps < 0.85 * slower
+    jacobian = (1 - np.asarray(y) ** 2)[:, None] * w
+    exact = np.linalg.solve(np.eye(64) - jacobian.T, np.asarray(ct))
+    assert np.max(np.abs(value - exact)) < 1e-7 * np.max(np.abs(exact))
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_the_scale_of_a_problem_does_not_matter(getkey, scale):
     w = jr.normal(getkey(), (16, 16), jnp.float32)

@@ -55,8 +55,9 @@ def ours() -> list[Contender]:
     longer = ft.partial(eqlx.Anderson, history_length=8)
     return [
         add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
+        add("alternating", by_equilax(eqlx.AlternatingAnderson), is_tied=True),
         add("Anderson, own tolerance", both(eqlx.Anderson)),
-        add("alternating Anderson, own tolerance", both(eqlx.AlternatingAnderson)),
+        add("alternating, own tolerance", both(eqlx.AlternatingAnderson)),
         add("Anderson of 8, own tolerance", both(longer)),
         add("iteration, own tolerance", both(eqlx.FixedPointIteration)),
         add("Broyden, own tolerance", both(eqlx.Broyden)),

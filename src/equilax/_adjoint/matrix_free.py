@@ -3,7 +3,7 @@
 import dataclasses
 import functools as ft
 from collections.abc import Callable
-from typing import cast
+from typing import cast, TypeVar
 
 import equinox as eqx
 import jax.numpy as jnp
@@ -33,6 +33,9 @@ from .base import Problem
 from .outcome import Outcome, singular_where
 from .ravelling import Ravelling
 from .rule import Rule
+
+
+T = TypeVar("T")
 
 
 def _tolerance(solver: AbstractFixedPointSolver, y: PyTree[Array]) -> Array:
@@ -107,14 +110,17 @@ def _preconditioned(
     return first if is_alone else FallbackLinearSolver(first, solver)
 
 
+def _without_derivative(tree: T) -> T:
+    arrays, static = eqx.partition(tree, eqx.is_inexact_array)
+    return eqx.combine(lax.stop_gradient(arrays), static)
+
+
 def _fused_at(problem: Problem, y: PyTree[Array]) -> TransposedAt | None:
     """What has kernels for the transposed system."""
-    fused = problem.fused
-    if fused is None:
+    if problem.fused is None:
         return None
-    arrays, static = eqx.partition(fused, eqx.is_inexact_array)
-    arrays = all_vary(lax.stop_gradient(arrays), any_varying(y))
-    return TransposedAt(eqx.combine(arrays, static), y)
+    fused = _without_derivative(problem.fused)
+    return TransposedAt(all_vary(fused, any_varying(y)), y)
 
 
 def matrix_free(
@@ -144,7 +150,15 @@ def matrix_free(
     tolerance = lax.pmin(tolerance, names) if names else tolerance
     axis_name = problem.solver.axis_name
     fused = _fused_at(problem, y) if is_transposed else None
-    terms = Terms(tolerance, problem.batching, problem.is_batch, None, axis_name, fused)
+    terms = Terms(
+        tolerance,
+        problem.batching,
+        problem.is_batch,
+        None,
+        axis_name,
+        fused,
+        _without_derivative(problem.solver),
+    )
     verdict = _Verdict(solver, rounding(y), axis_name)
 
     preconditioned = lambda vector: solver

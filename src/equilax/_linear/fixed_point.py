@@ -1,3 +1,4 @@
+import dataclasses
 import functools as ft
 from typing import cast
 
@@ -13,7 +14,13 @@ from .._fused import iterate_fused
 from .._misc import hoist
 from .._norm import divisor, max_norm
 from .._solution import RESULTS, Solution
-from .._solver import AbstractFixedPointSolver, Anderson, iterate
+from .._solver import (
+    AbstractFixedPointSolver,
+    AlternatingAnderson,
+    Anderson,
+    iterate,
+    unwrapped,
+)
 from .base import AbstractMatrixFreeSolver, is_resolved
 
 
@@ -39,6 +46,17 @@ def _multiply(tree: PyTree[Array], unit: Scalar) -> PyTree[Array]:
     return jtu.tree_map(
         lambda x: (x * unit.astype(real(x.dtype))).astype(x.dtype), tree
     )
+
+
+def _default(like: AbstractFixedPointSolver | None) -> AbstractFixedPointSolver:
+    """The solver of an adjoint whose forward pass was solved by `like`."""
+    like = None if like is None else unwrapped(like)
+    if isinstance(like, AlternatingAnderson):
+        # Who takes it knows that `fn` contracts; then its transpose does too.
+        return dataclasses.replace(
+            like, rtol=0.0, atol=_TOLERANCE, norm=max_norm, axis_name=None
+        )
+    return Anderson(rtol=0.0, atol=_TOLERANCE)
 
 
 def _outcome(
@@ -95,7 +113,7 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
             # Under `vmap` all samples share one tolerance, each in units of its own.
             # Those of a batch have one unit, that of the strictest: nobody knows
             # whether they depend on each other.
-            solver = Anderson(rtol=0.0, atol=_TOLERANCE)
+            solver = _default(terms.like)
             tolerance = jnp.min(jnp.asarray(terms.tolerance), initial=1.0)
             tolerance = jnp.maximum(tolerance, _LEAST * rounding(vector))
             scale = scale * (tolerance / _TOLERANCE).astype(scale.dtype)
@@ -139,7 +157,8 @@ class FixedPointLinearSolver(AbstractMatrixFreeSolver):
 FixedPointLinearSolver.__init__.__doc__ = """**Arguments:**
 
 - `solver`: The fixed-point solver. Its tolerances count relative to the right-hand
-    side. `None` is [`equilax.Anderson`][], for an adjoint with the relative tolerance
-    that its forward solve had.
+    side. `None` is [`equilax.Anderson`][], or [`equilax.AlternatingAnderson`][] where
+    that solved the forward pass, for an adjoint with the relative tolerance that its
+    forward solve had.
 - `max_steps`: The most steps to take.
 """

@@ -8,6 +8,7 @@ from .._custom_types import AxisName, Norm
 from .._fused import TransposedAt
 from .._misc import per_sample
 from .._norm import measured
+from .._solver import AbstractFixedPointSolver
 
 
 class Terms(eqx.Module):
@@ -22,6 +23,7 @@ class Terms(eqx.Module):
     unit: Array | None = None
     axis_name: AxisName = eqx.field(static=True, default=None)
     fused: TransposedAt | None = None
+    like: AbstractFixedPointSolver | None = None
 
     @property
     def each(self) -> Callable[[Callable], Callable]:
@@ -45,4 +47,6 @@ Terms.__init__.__doc__ = """**Arguments:**
     right-hand side.
 - `axis_name`: The mesh axes along which the right-hand side is split.
 - `fused`: What has kernels for $u = v + (I - A) u$, or `None`.
+- `like`: The solver of the forward pass, or `None`: a fixed point without a solver of
+    its own may take after it.
 """

@@ -27,3 +27,4 @@ from .squarem import Squarem as Squarem
 from .traced import Traced as Traced
 from .up_to import UpTo as UpTo
 from .warm_start import check_solver_state as check_solver_state
+from .wrapper import unwrapped as unwrapped

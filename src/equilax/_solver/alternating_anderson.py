@@ -60,8 +60,9 @@ class AlternatingAnderson(AbstractFixedPointSolver[Y, _AlternatingState]):
 
     Use it where `fn` contracts: it then takes fewer steps than `Anderson`, half as many
     close to one, as a plain step lets what contracts fast die away and leaves the
-    history to the rest. And most of its steps are cheaper. Where `fn` does not
-    contract, plain steps lead away.
+    history to the rest. And most of its steps are cheaper. The default adjoint of a
+    solve by it is solved by it too. Where `fn` does not contract, plain steps lead
+    away.
 
     Cost: one evaluation of `fn` a step, and one more that tests the last; besides, ten
     passes through a `y`, and in every `period`-th step `5 * history_length` more.

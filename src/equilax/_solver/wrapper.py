@@ -33,3 +33,10 @@ class AbstractWrapper(AbstractFixedPointSolver[Y, SolverState]):
 
     def split_along(self, axis_name):
         return eqx.tree_at(lambda s: s.solver, self, self.solver.split_along(axis_name))
+
+
+def unwrapped(solver: AbstractFixedPointSolver) -> AbstractFixedPointSolver:
+    """The solver inside all wrappers."""
+    while isinstance(solver, AbstractWrapper):
+        solver = solver.solver
+    return solver
