@@ -177,7 +177,10 @@ def _of_solve(solver) -> Program:
     return program(_split_solve(solver, _mesh()), w, x)
 
 
-@pytest.mark.parametrize(("name", "num"), [("picard", 1), ("anderson", 2)])
+# That of an extrapolation is in a branch.
+@pytest.mark.parametrize(
+    ("name", "num"), [("picard", 1), ("alternating", 2), ("anderson", 2)]
+)
 def test_the_all_reduces_of_a_step(name, num):
     compiled = _of_solve(_split_solvers(1e-9)[name])
     (body,) = compiled.loops()

@@ -14,18 +14,19 @@ from jax import lax
 from .contender import Contender, Make
 
 
-# Each sample by its own norm, as the others measure.
+# Each sample by its own norm, as the others measure, and the whole batch as they do.
 _NORM = eqlx.RelativeToNorm()
+_TWO_NORM = eqlx.RelativeToNorm(eqlx.two_norm)
 
 
-def by_equilax(solver, adjoint=None, **options) -> Make:
+def by_equilax(solver, adjoint=None, norm=_NORM, **options) -> Make:
     def make(fn, forward, backward, max_steps):
         linear = eqlx.ImplicitAdjoint() if adjoint is None else adjoint(backward)
 
         def run(z0, args):
             return eqlx.fixed_point(
                 fn,
-                solver(forward, 0.0, norm=_NORM),
+                solver(forward, 0.0, norm=norm),
                 z0,
                 args,
                 max_steps=max_steps,
@@ -39,11 +40,11 @@ def by_equilax(solver, adjoint=None, **options) -> Make:
     return make
 
 
-def _own(solver):
+def _own(solver, norm=_NORM):
     """An adjoint by `solver` too, with a tolerance of its own."""
 
     def adjoint(backward):
-        linear = solver(backward, 0.0, norm=_NORM)
+        linear = solver(backward, 0.0, norm=norm)
         return eqlx.ImplicitAdjoint(eqlx.FixedPointLinearSolver(linear, max_steps=4000))
 
     return adjoint
@@ -51,7 +52,7 @@ def _own(solver):
 
 def ours() -> list[Contender]:
     add = ft.partial(Contender, "equilax")
-    both = lambda solver: by_equilax(solver, _own(solver))
+    both = lambda solver, norm=_NORM: by_equilax(solver, _own(solver, norm), norm)
     longer = ft.partial(eqlx.Anderson, history_length=8)
     return [
         add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
@@ -60,6 +61,11 @@ def ours() -> list[Contender]:
         add("alternating, own tolerance", both(eqlx.AlternatingAnderson)),
         add("Anderson of 8, own tolerance", both(longer)),
         add("iteration, own tolerance", both(eqlx.FixedPointIteration)),
+        add(
+            "iteration, own tolerance",
+            both(eqlx.FixedPointIteration, _TWO_NORM),
+            is_whole=True,
+        ),
         add("Broyden, own tolerance", both(eqlx.Broyden)),
     ]
 
