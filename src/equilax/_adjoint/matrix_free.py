@@ -123,6 +123,17 @@ def _fused_at(problem: Problem, y: PyTree[Array]) -> TransposedAt | None:
     return TransposedAt(all_vary(fused, any_varying(y)), y)
 
 
+def _terms(problem: Problem, tolerance: Array, fused: TransposedAt | None) -> Terms:
+    return Terms(
+        tolerance,
+        problem.batching,
+        problem.is_batch,
+        axis_name=problem.solver.axis_name,
+        fused=fused,
+        like=_without_derivative(problem.solver),
+    )
+
+
 def matrix_free(
     rule: Rule,
     problem: Problem,
@@ -148,18 +159,8 @@ def matrix_free(
     names = tuple(problem.batching.axis_names)
     # One system of all samples has one tolerance, as it has one unit below.
     tolerance = lax.pmin(tolerance, names) if names else tolerance
-    axis_name = problem.solver.axis_name
-    fused = _fused_at(problem, y) if is_transposed else None
-    terms = Terms(
-        tolerance,
-        problem.batching,
-        problem.is_batch,
-        None,
-        axis_name,
-        fused,
-        _without_derivative(problem.solver),
-    )
-    verdict = _Verdict(solver, rounding(y), axis_name)
+    terms = _terms(problem, tolerance, _fused_at(problem, y) if is_transposed else None)
+    verdict = _Verdict(solver, rounding(y), terms.axis_name)
 
     preconditioned = lambda vector: solver
     if rule.preconditioner is not None:
