@@ -1,6 +1,6 @@
 from .aitken import Aitken as Aitken
 from .alternating_anderson import AlternatingAnderson as AlternatingAnderson
-from .anderson import Anderson as Anderson, Rejections as Rejections
+from .anderson import Anderson as Anderson
 from .anderson_type_i import AndersonTypeI as AndersonTypeI
 from .auto import Auto as Auto
 from .bad_broyden import BadBroyden as BadBroyden
@@ -22,6 +22,7 @@ from .line_search import (
 from .newton import Newton as Newton
 from .newton_krylov import NewtonKrylov as NewtonKrylov
 from .progress import Progress as Progress
+from .rejections import Rejections as Rejections
 from .reversible import Reversible as Reversible, Way as Way
 from .squarem import Squarem as Squarem
 from .traced import Traced as Traced

@@ -18,9 +18,9 @@ from .._mesh import all_vary, any_varying
 from .._misc import difference, tree_where
 from .._norm import max_norm
 from . import ring
-from .anderson import Rejections
 from .base import AbstractFixedPointSolver, Evaluation, Step
 from .least_squares import least_squares
+from .rejections import Rejections
 
 
 # A weight this large, of rows as long as the residual, moves by rounding errors alone.
@@ -105,7 +105,7 @@ class AlternatingAnderson(AbstractFixedPointSolver[Y, _AlternatingState]):
         history = (empty, empty, norms, nothing, nothing)
         if state is not None:
             history = self._differences(state)
-        return _AlternatingState(*history, zero, Rejections(zero, zero, zero))
+        return _AlternatingState(*history, zero, Rejections.none())
 
     def _differences(self, state: _AlternatingState):
         """What an earlier solve knew, of use where `fn` is a little different now."""
@@ -137,17 +137,11 @@ class AlternatingAnderson(AbstractFixedPointSolver[Y, _AlternatingState]):
         base = tree_where(is_rejected | ~at.is_finite, previous, (at.y, at.f))
         new_y = tree_where(is_moved, moved, jtu.tree_map(self._plain, *base))
 
-        count = lambda cause: (cause & at.proceed).astype(jnp.int32)
-        causes = Rejections(
-            count(is_rejected & at.is_finite),
-            count(is_rejected & ~at.is_finite),
-            count(is_degenerate),
-        )
         is_here = self._is_row_of(at.num_steps)
         state = dataclasses.replace(
             state,
             is_row=state.is_row & (is_here | ~(is_degenerate & at.is_live)),
-            rejections=jtu.tree_map(jnp.add, state.rejections, causes),
+            rejections=state.rejections.after(at, is_rejected, is_degenerate),
         )
         return Step(new_y, state, is_trial=is_moved)
 

@@ -18,25 +18,11 @@ from .._norm import max_norm
 from . import ring
 from .base import AbstractFixedPointSolver, Step
 from .least_squares import least_squares
+from .rejections import Rejections
 
 
 # A weight this much larger than the residual moves by rounding errors alone.
 _LARGEST = 1e8
-
-
-class Rejections(eqx.Module):
-    """How often a solver did not trust its history, by cause.
-
-    **Attributes:**
-
-    - `safeguard`: The residual grew too much; the step was taken back.
-    - `nonfinite`: `fn` was infinite or not a number; the step was taken back.
-    - `degenerate`: The weights were beyond use; the history was begun anew.
-    """
-
-    safeguard: IntScalar
-    nonfinite: IntScalar
-    degenerate: IntScalar
 
 
 class _AndersonState(eqx.Module):
@@ -115,7 +101,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
             ),
             last_image=jtu.tree_map(jnp.zeros_like, y),
             last_norm=jnp.zeros((), dtype),
-            rejections=Rejections(zero, zero, zero),
+            rejections=Rejections.none(),
         )
 
     def step(self, fn, at, args, state):
@@ -146,12 +132,6 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
             return jnp.where(is_plain, plain, moved).astype(y.dtype)
 
         new_y = jtu.tree_map(move, at.y, *base[:2], new.d_images, new.d_residuals)
-        count = lambda cause: (cause & at.proceed).astype(jnp.int32)
-        causes = Rejections(
-            count(is_rejected & at.is_finite),
-            count(is_rejected & ~at.is_finite),
-            count(is_degenerate),
-        )
         is_new_start = is_degenerate & at.is_live
         new = dataclasses.replace(
             new,
@@ -159,7 +139,7 @@ class Anderson(AbstractFixedPointSolver[Y, _AndersonState]):
             last_residual=base[0],
             last_image=base[1],
             last_norm=base[2],
-            rejections=jtu.tree_map(jnp.add, state.rejections, causes),
+            rejections=state.rejections.after(at, is_rejected, is_degenerate),
         )
         return Step(new_y, new, is_trial=~is_plain & (new.num_used > 0))
 

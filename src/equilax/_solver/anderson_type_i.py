@@ -11,9 +11,9 @@ from .._dtype import at_least_single, real, residual_dtype
 from .._misc import difference, tree_allfinite, tree_where
 from .._norm import max_norm
 from . import low_rank, ring
-from .anderson import Rejections
 from .base import AbstractFixedPointSolver, Step
 from .low_rank import Memory
+from .rejections import Rejections
 
 
 # A weight this much larger than the residual moves by rounding errors alone.
@@ -106,7 +106,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
             first_norm=none,
             num_accelerated=zero,
             num_restarts=zero,
-            rejections=Rejections(zero, zero, zero),
+            rejections=Rejections.none(),
         )
 
     def step(self, fn, at, args, state):
@@ -140,11 +140,6 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
 
         new_y = jtu.tree_map(move, *base[:2], memory.changes)
         count = lambda cause: (cause & at.proceed).astype(jnp.int32)
-        causes = Rejections(
-            count(is_rejected & at.is_finite),
-            count(is_rejected & ~at.is_finite),
-            count(is_degenerate),
-        )
         num_used = jnp.where(is_degenerate & at.proceed, 0, memory.num_used)
         m = self.history_length
         new = _AndersonTypeIState(
@@ -156,7 +151,7 @@ class AndersonTypeI(AbstractFixedPointSolver[Y, _AndersonTypeIState]):
             first_norm=jnp.where(at.is_live, first_norm, state.first_norm),
             num_accelerated=state.num_accelerated + count(~is_plain),
             num_restarts=state.num_restarts + count(is_restart | is_degenerate),
-            rejections=jtu.tree_map(jnp.add, state.rejections, causes),
+            rejections=state.rejections.after(at, is_rejected, is_degenerate),
         )
         return Step(new_y, new, is_trial=~is_plain)
 
