@@ -12,10 +12,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from .core import CORE
-from .kernels import KERNELS
+from . import ALL
 from .mutation import Mutation
-from .told import TOLD
 
 
 _ROOT = Path(__file__).parents[2]
@@ -54,9 +52,7 @@ def _verdict(tree: Path, mutation: Mutation) -> str:
 
 
 def main(words: list[str], trust: bool) -> int:
-    chosen = [
-        m for m in KERNELS + CORE + TOLD if not words or any(w in m.name for w in words)
-    ]
+    chosen = [m for m in ALL if not words or any(w in m.name for w in words)]
     num_bad = 0
     with tempfile.TemporaryDirectory() as folder:
         tree = Path(folder)

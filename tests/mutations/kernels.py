@@ -456,8 +456,8 @@ KERNELS = (
     Mutation(
         "the forward map in the adjoint",
         "src/equilax/_adjoint/matrix_free.py",
-        "fused = _fused_at(problem, y) if is_transposed else None",
-        "fused = _fused_at(problem, y)",
+        "_fused_at(problem, y) if is_transposed else None",
+        "_fused_at(problem, y)",
         (_LAYER, "-k", "tangent"),
     ),
 )
