@@ -6,8 +6,15 @@ import jax.numpy as jnp
 import jax.random as jr
 import numpy as np
 import pytest
+from jax.sharding import AxisType, PartitionSpec as P
 
-from .helpers import is_successful, tanh_cell, tanh_problem
+from .helpers import (
+    batch_reference,
+    is_successful,
+    relative_error,
+    tanh_cell,
+    tanh_problem,
+)
 
 
 def _by_hand(fn, y, num_steps, solver, rows=()):
@@ -238,6 +245,33 @@ def test_one_branch_runs_in_a_batch_and_no_history_is_copied():
     rings = [x for x in lines if "= f64[7,6,11]" in x]
     assert any("dynamic-update-slice" in x for x in rings)
     assert all("broadcast" in x for x in rings if " copy(" in x)
+
+
+def test_samples_that_count_their_own_steps_on_several_devices(getkey):
+    w, _ = tanh_problem(getkey(), 5, 0.7)
+    xs = jr.normal(getkey(), (8, 5))
+    mesh = jax.make_mesh((4,), ("b",), axis_types=(AxisType.Auto,))
+    solver = eqlx.AlternatingAnderson(0.0, 1e-12)
+
+    def one(x, w):
+        return eqlx.fixed_point(
+            tanh_cell,
+            solver,
+            jnp.zeros_like(x),
+            (w, x),
+            throw=False,
+            batching=eqlx.Vmapped(),
+        ).value
+
+    def local(w, xs):
+        return jax.lax.psum(jnp.sum(jax.vmap(one, (0, None))(xs, w)), "b")
+
+    run = jax.shard_map(local, mesh=mesh, in_specs=(P(), P("b")), out_specs=P())
+    value, grads = jax.jit(jax.value_and_grad(run, (0, 1)))(w, xs)
+    zs, *expected = batch_reference(w, xs)
+    assert relative_error(value, jnp.sum(zs)) < 1e-9
+    for got, true in zip(grads, expected, strict=True):
+        assert relative_error(got, true) < 1e-8
 
 
 @pytest.mark.parametrize("period", [0, -1])

@@ -179,15 +179,16 @@ class AlternatingAnderson(AbstractFixedPointSolver[Y, _AlternatingState]):
         """An extrapolation, if it is its turn."""
         if self.period == 1:
             return self._extrapolate(at, state)
-        axes = any_varying(at, state)
-        no = jnp.array(False)
+        is_turn = at.num_steps % self.period == self.period - 1
+        # Varying before the branches and not in them: where samples count steps of
+        # their own, both run on operands that JAX has made to vary as the choice does.
+        operands = (at, state, jnp.array(False))
         # The number of steps is that of all live samples, so that one branch runs.
         return lax.cond(
-            at.num_steps % self.period == self.period - 1,
-            lambda at, state: all_vary(self._extrapolate(at, state), axes),
-            lambda at, state: all_vary((at.f, no, no), axes),
-            at,
-            state,
+            is_turn,
+            lambda at, state, no: self._extrapolate(at, state),
+            lambda at, state, no: (at.f, no, no),
+            *all_vary(operands, any_varying(at, state)),
         )
 
     def _extrapolate(
