@@ -154,8 +154,8 @@ CORE = (
     Mutation(
         "Anderson that alternates never does",
         "src/equilax/_solver/alternating_anderson.py",
-        "at.num_steps % self.period == self.period - 1,",
-        "at.num_steps > 0,",
+        "is_turn = at.num_steps % self.period == self.period - 1",
+        "is_turn = at.num_steps > 0",
         ("tests/test_alternating_anderson.py",),
     ),
     Mutation(
