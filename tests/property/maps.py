@@ -173,12 +173,17 @@ class Truth:
         for _ in range(200):
             y = self(y)
         for _ in range(8):
-            jacobian = self.slope(y) @ self.w
-            y = y + np.linalg.solve(np.eye(y.size) - jacobian, self(y) - y)
+            y = y + np.linalg.solve(self._system(y), self(y) - y)
         return y
 
+    def _system(self, y):
+        return np.eye(y.size) - self.slope(y) @ self.w
+
+    def has_derivative(self, value) -> bool:
+        return np.linalg.det(self._system(to_real(self.kind, value))) != 0
+
     def inverse(self, y):
-        return np.linalg.inv(np.eye(y.size) - self.slope(y) @ self.w)
+        return np.linalg.inv(self._system(y))
 
     def gradient(self, y, u):
         """By `x` and by the weights, of a loss with the adjoint `u` at `y`."""

@@ -124,7 +124,9 @@ def test_no_sample_harms_another(s, keep, names, seed, gains, digits):
     spoilt = _run(fn, _spoilt(arrays, keep, names), tol)
     row = {k: v[keep] for k, v in _run(fn, arrays, tol).items()}
     got = {k: v[keep] for k, v in spoilt.items()}
-    _check_same(row, got, 0.0)
+    # A stage of another width is another program, which may round differently.
+    is_same_program = s.batching != "staged"
+    _check_same(row, got, 0.0 if is_same_program else _bound(s.kind, tol, gains[keep]))
     for i, name in zip([i for i in range(BATCH) if i != keep], names, strict=True):
         if name in ("nan input", "infinite weights", "nan weights", "nan guess"):
             is_lost = RESULT_NAMES[int(spoilt["result"][i])] != "successful"
