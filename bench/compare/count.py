@@ -16,9 +16,9 @@ from .measure import Compiled
 
 _counts: list[int] = []
 
-# Both are the identity. `rows` is how many samples an operand stands for: one call tells
-# of them all. The one is counted where it runs, and the other where it is transposed:
-# once for each product with the transposed Jacobian of what follows it.
+# Both are the identity. The one is counted where it runs, and the other where it is
+# transposed: once for each product with the transposed Jacobian of what follows it.
+# `rows` is how many samples an operand stands for: one call tells of them all.
 _told = Primitive("told")
 _seen = Primitive("seen")
 
