@@ -55,16 +55,21 @@ def compare(
 
     **Arguments:**
 
-    - `most_seconds`: After which there is no further round, but three at least.
+    - `most_seconds`: For the rounds after the first three. A case that takes over ten
+        times its share of them has those three alone.
     """
     for run in cases.values():
         jax.block_until_ready(run())
     times: dict[Name, list[float]] = {name: [] for name in cases}
     began, names = time.perf_counter(), list(cases)
+    longest = 10 * 1e3 * most_seconds / (repeats * len(names))
     # Threads of a case go on waiting for work after it: no case has always the same
     # one before it.
     rng = np.random.default_rng(0)
     for i in progress(range(repeats), title):
+        if i == 3:
+            names = [n for n in names if statistics.median(times[n]) <= longest]
+            began = time.perf_counter()
         if i >= 3 and time.perf_counter() - began > most_seconds:
             break
         for k in rng.permutation(len(names)):

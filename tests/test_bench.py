@@ -1,5 +1,6 @@
 """The truth that the benchmarks measure errors against, what they count and report."""
 
+import functools as ft
 import json
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from bench import gpu
+from bench import gpu, timing
 from bench.compare import count, digits, floor, guard, report, science, workloads
 from bench.compare.contender import Contender
 from bench.compare.measure import Compiled, fit
@@ -119,6 +120,19 @@ def test_what_nothing_depends_on_has_no_gradient():
     assert not problems["problem: cosine"]().has_gradient
     assert not problems["problem: mixed_tree"]().has_gradient
     assert problems["problem: complex"]().has_gradient
+
+
+def test_a_slow_case_has_three_rounds_and_the_others_go_on():
+    calls = {"quick": 0, "slow": 0}
+
+    def call(name, seconds):
+        calls[name] += 1
+        time.sleep(seconds)
+
+    cases = {k: ft.partial(call, k, t) for k, t in (("quick", 0.0), ("slow", 0.2))}
+    found = timing.compare(cases, repeats=50, title="", most_seconds=1.0)
+    assert calls == {"quick": 51, "slow": 4}
+    assert found["slow"] >= 200 > found["quick"]
 
 
 def test_evaluations_and_transposed_products_are_counted_for_each_sample():
