@@ -16,6 +16,7 @@ from bench.compare import count, digits, floor, guard, report, science, workload
 from bench.compare.contender import Contender
 from bench.compare.measure import Compiled, fit
 from bench.compare.ours import by_hand
+from bench.compare.outside import SciPy
 from bench.compare.torch_peer import TorchPeer
 from bench.compare.workload import Workload
 from jax import lax
@@ -186,6 +187,17 @@ def test_what_has_no_gradient_is_told_why_and_keeps_its_solutions():
     assert entry.value_error <= work.target
     assert entry.gradient_error is None
     assert entry.reason.startswith("ValueError: Reverse-mode differentiation")
+
+
+def test_what_takes_too_long_for_one_solve_is_told_and_not_timed(monkeypatch):
+    work = workloads.all_workloads(small=True)["notebook"]()
+    with work.precision():
+        assert SciPy(work, "anderson").fit().tolerances is not None
+        monkeypatch.setattr("bench.compare.outside._MOST_SECONDS", 0.0)
+        slow = SciPy(work, "anderson")
+        entry = slow.fit()
+    assert entry.reason.endswith("s: not timed")
+    assert slow.cases(entry) == {}
 
 
 @pytest.mark.parametrize("quickest", [1, 4])
