@@ -8,7 +8,8 @@ as well. See `bench/README.md` for how to install the others.
     python -m bench [main] [problems] [training] [growth] [NAME ...]
 
 `main`: the workloads. `problems`: those of `tests/problems.py`. `training`: a step of
-the digits example. `growth`: with samples, unknowns and steps. All without a name.
+the digits example. `growth`: with samples, unknowns and steps. `nothing`: to print and
+plot what `--json` has kept. All without a name.
 """
 
 import argparse
@@ -34,6 +35,7 @@ from .timing import describe, machine
 
 KEPT = Path(__file__).with_name("results.json")
 _GROUPS = {"main": "workloads", "problems": "problems", "training": "training"}
+_PARTS = (*_GROUPS, "growth", "nothing")
 
 
 def _libraries(text: str) -> list[str]:
@@ -47,7 +49,7 @@ def _parse() -> argparse.Namespace:
     summary, _ = (__doc__ or "").split("\n\n", 1)
     parser = argparse.ArgumentParser(description=summary)
     add = parser.add_argument
-    add("names", nargs="*", help=f"{', '.join(_GROUPS)}, growth, or a workload [all]")
+    add("names", nargs="*", help=f"{', '.join(_PARTS)}, or a workload [all]")
     add("--small", action="store_true", help="tiny ones, to see that all works")
     add("--repeats", type=int, default=21, help="rounds at most [21]")
     add("--libraries", type=_libraries, metavar="A,B", help="those to take [all]")
@@ -55,6 +57,7 @@ def _parse() -> argparse.Namespace:
     add("--json", type=Path, help="write the results; those of a run before are kept")
     add("--plot", type=Path, help="write a picture")
     add("--growth-plot", type=Path, help="write a picture of growth")
+    add("--details", type=Path, help="write a table of all contenders, a workload each")
     add("--check", action="store_true", help=f"compare with {KEPT.name}, 1 if slower")
     return parser.parse_args()
 
@@ -113,17 +116,26 @@ def _print_summary(title: str, workloads: dict[str, Any], kind: str) -> None:
     print(f"geometric means: {text or 'none'}")
 
 
+def _conditions() -> dict[str, Any]:
+    here = machine()
+    # Threads of SciPy's BLAS that wait for work keep the cores from the others.
+    threads = {"XLA": here["cores"], "BLAS": 1}
+    found = {"where": describe(), "machine": here, "versions": versions()}
+    return found | {"threads": threads}
+
+
 def main() -> None:
     args = _parse()
     jax.config.update("jax_enable_x64", False)
     workloads = _workloads(args.small)
-    chosen = _chosen(args.names, [*_GROUPS, "growth", *workloads])
+    chosen = _chosen(args.names, [*_PARTS, *workloads])
     results: report.Results = {}
     if args.json is not None and args.json.exists():
         results = json.loads(args.json.read_text())
-    results |= {"where": describe(), "machine": machine(), "versions": versions()}
-    # Threads of SciPy's BLAS that wait for work keep the cores from the others.
-    results["threads"] = {"XLA": machine()["cores"], "BLAS": 1}
+    if chosen != ["nothing"]:
+        results |= _conditions()
+    elif not results:
+        sys.exit("`nothing` prints what `--json` has kept, and it has kept nothing")
 
     def save() -> None:
         if args.json is not None:
@@ -148,6 +160,8 @@ def main() -> None:
         plot.plot(args.plot, results)
     if args.growth_plot is not None and "growth" in results:
         growth_plot.plot(args.growth_plot, results["growth"])
+    if args.details is not None:
+        args.details.write_text(report.all_details(results))
     if args.check:
         old = json.loads(KEPT.read_text()) if KEPT.exists() else None
         text, is_failure = guard.judge(results, old, KEPT)

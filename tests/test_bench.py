@@ -331,7 +331,8 @@ def test_the_command_writes_what_it_prints(tmp_path):
     command = [sys.executable, "-m", "bench", "notebook", "problem: mixed_tree"]
     command += ["growth", "--small", "--repeats", "1", "--libraries", "by hand,SciPy"]
     command += ["--json", str(file), "--plot", str(plots[0])]
-    command += ["--growth-plot", str(plots[1]), "--check"]
+    details = tmp_path / "details.md"
+    command += ["--growth-plot", str(plots[1]), "--check", "--details", str(details)]
     ran = subprocess.run(command, cwd=_ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     found = json.loads(file.read_text())
@@ -344,3 +345,9 @@ def test_the_command_writes_what_it_prints(tmp_path):
     assert rows["by hand, two loops"]["reason"] == "nothing to differentiate in"
     assert "| by hand | 1 | - | 0 | - |" in ran.stdout
     assert all(path.stat().st_size > 10_000 for path in plots)
+    text = details.read_text()
+    assert "\n### notebook: " in text
+    assert "\n### problem: mixed_tree: " in text
+    again = [sys.executable, "-m", "bench", "nothing", "--json", str(file)]
+    told = subprocess.run(again, cwd=_ROOT, capture_output=True, text=True)
+    assert told.stdout.strip() in ran.stdout

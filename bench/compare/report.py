@@ -111,6 +111,12 @@ def details(name: str, workload: Results) -> str:
     return "\n".join(lines)
 
 
+def all_details(results: Results) -> str:
+    groups = [results.get(k, {}) for k in ("workloads", "training", "problems")]
+    tables = [details(name, w) for group in groups for name, w in group.items()]
+    return "\n".join(["# Every contender", f"\n{results['where']}.", *tables, ""])
+
+
 def _numbers(e: dict[str, Any], is_training: bool) -> list[str]:
     number = lambda x, form: "-" if x is None else format(x, form)
     mebibytes = lambda x: number(None if x is None else x / 2**20, ".1f")
