@@ -2,6 +2,7 @@
 
 import functools as ft
 import json
+import os
 import subprocess
 import sys
 import time
@@ -193,11 +194,25 @@ def test_what_takes_too_long_for_one_solve_is_told_and_not_timed(monkeypatch):
     work = workloads.all_workloads(small=True)["notebook"]()
     with work.precision():
         assert SciPy(work, "anderson").fit().tolerances is not None
-        monkeypatch.setattr("bench.compare.outside._MOST_SECONDS", 0.0)
+        monkeypatch.setattr("bench.compare.contender.MOST_SECONDS", 0.0)
         slow = SciPy(work, "anderson")
         entry = slow.fit()
-    assert entry.reason.endswith("s: not timed")
+        inside = fit(Compiled(by_hand()[0], work))
+    assert entry.reason.endswith(" s: not timed")
+    assert inside.reason.endswith(" s: not timed")
+    assert inside.tolerances is None
     assert slow.cases(entry) == {}
+
+
+def test_what_takes_more_memory_than_there_is_is_told_and_not_run(monkeypatch):
+    work = workloads.all_workloads(small=True)["notebook"]()
+    compiled = Compiled(by_hand()[0], work)
+    page = os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(os, "sysconf", lambda name: page if "SIZE" in name else 0)
+    with work.precision():
+        entry = fit(compiled)
+    assert entry.tolerances is None
+    assert entry.reason.startswith("MemoryError: ")
 
 
 @pytest.mark.parametrize("quickest", [1, 4])

@@ -7,6 +7,15 @@ from typing import Any
 
 Make = Callable[[Callable, Any, Any, int], Callable]
 
+# Of one solve, or one with its gradient. What takes longer is not timed.
+MOST_SECONDS = 20.0
+
+
+def too_slow(seconds: float) -> str:
+    """Why it is not timed; empty if it is."""
+    is_slow = seconds > MOST_SECONDS
+    return f"takes {seconds:.0f} s: not timed" if is_slow else ""
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:

@@ -1,6 +1,7 @@
 """Find for each contender the setting that is good enough."""
 
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .contender import Contender
+from .contender import Contender, too_slow
 from .workload import Workload
 
 
@@ -47,6 +48,17 @@ class Entry:
     products: float | None = None
     threads: int | None = None
     reason: str = ""
+
+
+def _check_memory(program: Any) -> None:
+    """An error for what would take more than half of the memory that there is."""
+    stats = jax.devices()[0].memory_stats() or {}
+    there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
+        "SC_PHYS_PAGES"
+    )
+    needed = program.memory_analysis().temp_size_in_bytes
+    if needed > there / 2:
+        raise MemoryError(f"{needed / 2**30:.0f} GiB of {there / 2**30:.0f}")
 
 
 class Compiled:
@@ -102,8 +114,10 @@ class Compiled:
         if key not in self.made:
             fn = jax.jit(self._program(name), static_argnums=(0,) if static else ())
             start = time.perf_counter()
-            self.made[key] = fn.lower(given, *args).compile()
+            program = fn.lower(given, *args).compile()
             self.seconds[name] = time.perf_counter() - start
+            _check_memory(program)
+            self.made[key] = program
         made = self.made[key]
         return lambda: made(*(() if static else (given,)), *args)
 
@@ -111,6 +125,15 @@ class Compiled:
         self(name, tolerances)
         made = self.made[self._key(name, tolerances)]
         return int(made.memory_analysis().temp_size_in_bytes)
+
+
+def _try(compiled: Compiled, kind: str, tolerances: Tolerances) -> Any:
+    program = compiled(kind, tolerances)
+    start = time.perf_counter()
+    found = jax.block_until_ready(program())
+    if reason := too_slow(time.perf_counter() - start):
+        raise TimeoutError(reason)
+    return found
 
 
 def fit(compiled: Compiled) -> Entry:
@@ -128,7 +151,7 @@ def fit(compiled: Compiled) -> Entry:
     for tolerance in grid:
         pair, kind = (tolerance, tolerance), "forward"
         try:
-            value = work.value_error(compiled(kind, pair)())
+            value = work.value_error(_try(compiled, kind, pair))
             least[kind] = min(least[kind], value)
             if value > work.target and not contender.is_exempt:
                 continue
@@ -137,8 +160,11 @@ def fit(compiled: Compiled) -> Entry:
             if contender.reason or not work.has_gradient:
                 return entry
             kind = "both"
-            gradient = work.gradient_error(compiled(kind, pair)())
+            gradient = work.gradient_error(_try(compiled, kind, pair))
             least[kind] = min(least[kind], gradient)
+        except TimeoutError as error:  # With a smaller tolerance it takes no less.
+            entry.reason = str(error)
+            return entry
         except Exception as error:  # What a library raises is an answer too.
             first = (str(error).splitlines() or [""])[0]
             entry.reason = f"{type(error).__name__}: {first[:80]}"
@@ -167,8 +193,8 @@ def _loosen(compiled: Compiled, entry: Entry, grid) -> None:
     for backward in grid:
         pair = (entry.tolerances[0], backward)
         try:
-            gradient = work.gradient_error(compiled("both", pair)())
-        except Exception:  # A linear solve that failed.
+            gradient = work.gradient_error(_try(compiled, "both", pair))
+        except Exception:  # A linear solve that failed, or goes on and on.
             continue
         if gradient <= work.target:
             entry.tolerances, entry.gradient_error = pair, gradient

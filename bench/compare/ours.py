@@ -53,13 +53,11 @@ def _own(solver, norm=_NORM):
 def ours() -> list[Contender]:
     add = ft.partial(Contender, "equilax")
     both = lambda solver, norm=_NORM: by_equilax(solver, _own(solver, norm), norm)
-    longer = ft.partial(eqlx.Anderson, history_length=8)
     return [
         add("Anderson", by_equilax(eqlx.Anderson), is_tied=True),
         add("alternating", by_equilax(eqlx.AlternatingAnderson), is_tied=True),
         add("Anderson, own tolerance", both(eqlx.Anderson)),
         add("alternating, own tolerance", both(eqlx.AlternatingAnderson)),
-        add("Anderson of 8, own tolerance", both(longer)),
         add("iteration, own tolerance", both(eqlx.FixedPointIteration)),
         add(
             "iteration, own tolerance",

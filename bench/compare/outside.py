@@ -10,14 +10,13 @@ import numpy as np
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
+from .contender import too_slow
 from .measure import Entry
 from .torch_peer import SOLVERS, TorchPeer
 from .workload import Workload
 
 
 _METHODS = ("anderson", "broyden1", "newton_krylov")
-# Who takes longer for one solve is not in the race.
-_MOST_SECONDS = 20.0
 
 
 class SciPy:
@@ -38,29 +37,33 @@ class SciPy:
         self.fn = lambda x: np.asarray(fn(jnp.asarray(x, flat.dtype))) - x
         self.flat = np.asarray(flat)
 
-    def forward(self, tolerance: float) -> Any:
+    def forward(self, tolerance: float) -> tuple[Any, bool]:
+        """Where it came to, and whether it came to an end."""
+        has_ended = True
         try:
             x = self.method(self.fn, self.flat, f_tol=tolerance, maxiter=500)
         except (scipy.optimize.NoConvergence, ValueError) as error:
-            x = np.asarray(error.args[0])
+            x, has_ended = np.asarray(error.args[0]), False
             if x.size != self.flat.size:  # Not where it was, but that it diverged.
                 x = np.full_like(self.flat, np.nan)
-        return self.unravel(jnp.asarray(np.ravel(x), self.flat.dtype))
+        return self.unravel(jnp.asarray(np.ravel(x), self.flat.dtype)), has_ended
 
     def fit(self) -> Entry:
         self._prepare()
         entry, best = Entry("SciPy", reason="no gradients"), np.inf
         for tolerance in self.workload.tolerances[1::2]:
             start = time.perf_counter()
-            error = self.workload.value_error(self.forward(tolerance))
-            seconds = time.perf_counter() - start
-            if seconds > _MOST_SECONDS:
-                entry.reason = f"a solve takes {seconds:.0f} s: not timed"
+            value, has_ended = self.forward(tolerance)
+            if reason := too_slow(time.perf_counter() - start):
+                entry.reason = reason
                 return entry
+            error = self.workload.value_error(value)
             best = min(best, error)
             if error <= self.workload.target:
                 entry.tolerances, entry.value_error = (tolerance, tolerance), error
                 return entry
+            if not has_ended:  # Nor will it with a tolerance that is smaller.
+                break
         target = self.workload.target
         entry.reason = f"never within {target:.0e} in 500 steps (best {best:.0e})"
         return entry
