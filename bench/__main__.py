@@ -118,10 +118,13 @@ def _print_summary(title: str, workloads: dict[str, Any], kind: str) -> None:
 
 def _conditions() -> dict[str, Any]:
     here = machine()
-    # Threads of SciPy's BLAS that wait for work keep the cores from the others.
-    threads = {"XLA": here["cores"], "BLAS": 1}
-    found = {"where": describe(), "machine": here, "versions": versions()}
-    return found | {"threads": threads}
+    return {
+        "where": describe(),
+        "machine": here,
+        "versions": versions(),
+        # Threads of SciPy's BLAS that wait for work keep the cores from the others.
+        "threads": {"XLA": here["cores"], "BLAS": 1},
+    }
 
 
 def main() -> None:

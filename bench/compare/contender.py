@@ -1,8 +1,9 @@
 """What a contender is: a layer of ours, of another library, or by hand."""
 
 import dataclasses
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 
 Make = Callable[[Callable, Any, Any, int], Callable]
@@ -11,10 +12,17 @@ Make = Callable[[Callable, Any, Any, int], Callable]
 MOST_SECONDS = 20.0
 
 
-def too_slow(seconds: float) -> str:
-    """Why it is not timed; empty if it is."""
-    is_slow = seconds > MOST_SECONDS
-    return f"takes {seconds:.0f} s: not timed" if is_slow else ""
+Found = TypeVar("Found")
+
+
+def in_time(run: Callable[[], Found]) -> Found:
+    """What `run` returns; an error that says so if that took too long."""
+    start = time.perf_counter()
+    found = run()
+    seconds = time.perf_counter() - start
+    if seconds > MOST_SECONDS:
+        raise TimeoutError(f"takes {seconds:.0f} s: not timed")
+    return found
 
 
 @dataclasses.dataclass(frozen=True)

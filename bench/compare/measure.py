@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from .contender import Contender, too_slow
+from .contender import Contender, in_time
 from .workload import Workload
 
 
@@ -53,9 +53,8 @@ class Entry:
 def _check_memory(program: Any) -> None:
     """An error for what would take more than half of the memory that there is."""
     stats = jax.devices()[0].memory_stats() or {}
-    there = stats.get("bytes_limit") or os.sysconf("SC_PAGE_SIZE") * os.sysconf(
-        "SC_PHYS_PAGES"
-    )
+    of_host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    there = stats.get("bytes_limit", of_host)
     needed = program.memory_analysis().temp_size_in_bytes
     if needed > there / 2:
         raise MemoryError(f"{needed / 2**30:.0f} GiB of {there / 2**30:.0f}")
@@ -129,11 +128,7 @@ class Compiled:
 
 def _try(compiled: Compiled, kind: str, tolerances: Tolerances) -> Any:
     program = compiled(kind, tolerances)
-    start = time.perf_counter()
-    found = jax.block_until_ready(program())
-    if reason := too_slow(time.perf_counter() - start):
-        raise TimeoutError(reason)
-    return found
+    return in_time(lambda: jax.block_until_ready(program()))
 
 
 def fit(compiled: Compiled) -> Entry:

@@ -1,6 +1,5 @@
 """Contenders that JAX does not run: SciPy on the host, PyTorch in a process."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +9,7 @@ import numpy as np
 import scipy.optimize
 from jax.flatten_util import ravel_pytree
 
-from .contender import too_slow
+from .contender import in_time
 from .measure import Entry
 from .torch_peer import SOLVERS, TorchPeer
 from .workload import Workload
@@ -52,10 +51,10 @@ class SciPy:
         self._prepare()
         entry, best = Entry("SciPy", reason="no gradients"), np.inf
         for tolerance in self.workload.tolerances[1::2]:
-            start = time.perf_counter()
-            value, has_ended = self.forward(tolerance)
-            if reason := too_slow(time.perf_counter() - start):
-                entry.reason = reason
+            try:
+                value, has_ended = in_time(lambda t=tolerance: self.forward(t))
+            except TimeoutError as late:
+                entry.reason = str(late)
                 return entry
             error = self.workload.value_error(value)
             best = min(best, error)

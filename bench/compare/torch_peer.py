@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .contender import too_slow
+from .contender import in_time
 from .measure import Entry, Tolerances
 from .workload import Workload
 
@@ -86,10 +86,10 @@ class TorchPeer:
         best = np.inf
         grid, target = self.workload.tolerances[1::2], self.workload.target
         for tolerance in grid:
-            start = time.perf_counter()
-            errors = self._errors((tolerance, tolerance))
-            if reason := too_slow(time.perf_counter() - start):
-                entry.reason = reason
+            try:
+                errors = in_time(lambda t=tolerance: self._errors((t, t)))
+            except TimeoutError as late:
+                entry.reason = str(late)
                 return entry
             best = min(best, max(errors))
             if max(errors) <= target:
