@@ -14,6 +14,7 @@ plot what `--json` has kept. All without a name.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -88,7 +89,9 @@ def _measure(group: str, work: Workload, args: argparse.Namespace) -> dict[str, 
     if args.libraries is not None:
         others = [o for o in others if o.row.split(",")[0] in args.libraries]
     contenders = _contenders(group, args.libraries)
-    return run(work, contenders, others, repeats=args.repeats)
+    # Of the problems there are many, and what compiles in minutes is seen elsewhere.
+    workers = (os.cpu_count() or 1) if group == "problems" else 1
+    return run(work, contenders, others, repeats=args.repeats, workers=workers)
 
 
 def _print(results: dict[str, Any]) -> None:

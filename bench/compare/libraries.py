@@ -92,21 +92,28 @@ def _banax(banax: Any) -> list[Contender]:
 
 
 class _Fn(eqx.Module):
-    """What anchorax injects is of the shape of the state; here that is ignored."""
+    """What anchorax injects is of the shape of the state; here that is ignored.
+
+    The arrays are in a tuple, for what is left without them has to be hashable.
+    """
 
     fn: object = eqx.field(static=True)
-    args: object
+    structure: object = eqx.field(static=True)
+    arrays: tuple
 
     def __call__(self, u, _, *, inference, key):
         del inference, key
-        return self.fn(u, self.args)  # pyright: ignore
+        args = jax.tree.unflatten(self.structure, self.arrays)
+        return self.fn(u, args)  # pyright: ignore
 
 
 def _anchorax_run(method, fn, forward, backward, max_steps):
     del backward
 
     def run(z0, args):
-        params, static = eqx.partition(_Fn(fn, args), eqx.is_array)
+        arrays, structure = jax.tree.flatten(args)
+        layer = _Fn(fn, structure, tuple(arrays))
+        params, static = eqx.partition(layer, eqx.is_array)
         return method(
             params,
             static,
