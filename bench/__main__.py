@@ -151,7 +151,9 @@ def main() -> None:
         for name, (group, make) in workloads.items():
             if name in chosen or group in chosen:
                 found = _measure(group, make(), args)
-                results.setdefault(_GROUPS[group], {})[name] = found
+                kept = results.get(_GROUPS[group], {}) | {name: found}
+                # In their order, and not in that of the runs.
+                results[_GROUPS[group]] = {k: kept[k] for k in workloads if k in kept}
                 print(report.details(name, found), flush=True)
                 save()
         if "growth" in chosen:

@@ -13,7 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from bench import gpu, timing
-from bench.compare import count, digits, floor, guard, report, science, workloads
+from bench.compare import (
+    count,
+    digits,
+    floor,
+    growth,
+    guard,
+    report,
+    science,
+    workloads,
+)
 from bench.compare.contender import Contender
 from bench.compare.measure import Compiled, fit
 from bench.compare.ours import by_hand
@@ -266,11 +275,21 @@ def test_a_ratio_is_of_the_best_of_each():
     peer = report.best_peer(work, "both")
     assert peer is not None
     assert peer["name"] == "JAXopt, a"
+    # SciPy, which has no gradient anywhere, has no column.
     row = report.summary(results, "both").splitlines()[-1]
-    assert row.startswith("| w | 5.00 | - | - | - | 4.0 |")
-    assert row.endswith("| **4.0** (JAXopt) | 5.00 |")
-    assert report.summary(results, "forward").endswith("| 2.00 |")
-    assert abs(report.geometric_mean([2.0, 8.0]) - 4) < 1e-12
+    assert row == "| w | 5.00 | 4.0 | **4.0** (JAXopt) | 5.00 |"
+    row = report.summary(results, "forward").splitlines()[-1]
+    assert row == "| w | 1.00 | 3.0 | 8.0 | **3.0** (JAXopt) | 2.00 |"
+
+
+def test_means_are_geometric_and_of_the_best_other_too():
+    results = _results(5.0) | {"v": _results(20.0)["w"]}
+    assert report.means(results, "both") == pytest.approx(
+        {"JAXopt": 2.0, "best other": 2.0}
+    )
+    assert report.means(results, "forward") == pytest.approx(
+        {"JAXopt": 3.0, "SciPy": 8.0, "best other": 3.0}
+    )
 
 
 def test_what_each_can_do_is_counted_and_the_floor_is_a_share():
@@ -313,6 +332,20 @@ def test_a_regression_fails_on_the_machine_of_the_kept_run_alone():
     text, is_failure = guard.judge(_kept(20.0), None, kept)
     assert not is_failure
     assert "no kept.json" in text
+
+
+@pytest.mark.parametrize("page", ["README.md", "bench/README.md"])
+def test_the_tables_that_are_shown_are_of_the_results_that_are_kept(page):
+    kept = json.loads((_ROOT / "bench/results.json").read_text())
+    assert list(kept["workloads"]) == list(workloads.all_workloads(small=True))
+    measured = kept["workloads"]
+    shown = [report.summary(measured, "both")]
+    if page == "bench/README.md":
+        shown += [report.summary(measured, "forward"), report.floors(measured)]
+        shown += [report.summary(kept["training"], "step")]
+        shown += [report.abilities(kept["problems"]), growth.table(kept["growth"])]
+    text = (_ROOT / page).read_text()
+    assert [table for table in shown if table not in text] == []
 
 
 def test_a_section_that_fails_or_is_late_leaves_the_others(tmp_path, monkeypatch):

@@ -43,13 +43,17 @@ def geometric_mean(numbers: list[float]) -> float:
 
 
 def summary(workloads: Results, kind: str) -> str:
-    """A row a workload: ours in milliseconds, others as multiples of it."""
-    head = ["workload", "equilax, ms", *LIBRARIES, "best other", "of the floor"]
+    """A row a workload: ours in milliseconds, others as multiples of it.
+
+    Libraries that can do none of them are left out.
+    """
+    libraries = [k for k in LIBRARIES if ratios(workloads, k, kind)]
+    head = ["workload", "equilax, ms", *libraries, "best other", "of the floor"]
     lines = [head, ["---"] * len(head)]
     for name, workload in workloads.items():
         ours, peer = best(workload, OURS, kind), best_peer(workload, kind)
-        ratios = [ratio(workload, library, kind) for library in LIBRARIES]
-        cells = ["-" if r is None else f"{r:.1f}" for r in ratios]
+        found = [ratio(workload, library, kind) for library in libraries]
+        cells = ["-" if r is None else f"{r:.1f}" for r in found]
         time = "-" if ours is None else f"{ours[kind]:.2f}"
         least = "-"
         if ours and peer:
@@ -67,9 +71,14 @@ def ratios(workloads: Results, library: str, kind: str) -> list[float]:
 
 
 def means(workloads: Results, kind: str) -> dict[str, float]:
-    """The geometric mean over the workloads that a library can do, for each."""
-    found = {k: geometric_mean(ratios(workloads, k, kind)) for k in LIBRARIES}
-    return {k: mean for k, mean in found.items() if not math.isnan(mean)}
+    """The geometric mean over the workloads that a library can do, for each.
+
+    Of the best other library of each workload too.
+    """
+    found = {k: ratios(workloads, k, kind) for k in LIBRARIES}
+    pairs = [(best(w, OURS, kind), best_peer(w, kind)) for w in workloads.values()]
+    found["best other"] = [b[kind] / a[kind] for a, b in pairs if a and b]
+    return {k: geometric_mean(numbers) for k, numbers in found.items() if numbers}
 
 
 def abilities(workloads: Results) -> str:
