@@ -334,6 +334,11 @@ def test_a_regression_fails_on_the_machine_of_the_kept_run_alone():
     assert "no kept.json" in text
 
 
+def test_the_details_that_are_shown_are_of_the_results_that_are_kept():
+    kept = json.loads((_ROOT / "bench/results.json").read_text())
+    assert (_ROOT / "bench/details.md").read_text() == report.all_details(kept)
+
+
 @pytest.mark.parametrize("page", ["README.md", "bench/README.md"])
 def test_the_tables_that_are_shown_are_of_the_results_that_are_kept(page):
     kept = json.loads((_ROOT / "bench/results.json").read_text())
