@@ -89,7 +89,7 @@ def _measure(group: str, work: Workload, args: argparse.Namespace) -> dict[str, 
     if args.libraries is not None:
         others = [o for o in others if o.row.split(",")[0] in args.libraries]
     contenders = _contenders(group, args.libraries)
-    # Of the problems there are many, and what compiles in minutes is seen elsewhere.
+    # There are many problems, and the workloads say how long compilation takes.
     workers = (os.cpu_count() or 1) if group == "problems" else 1
     return run(work, contenders, others, repeats=args.repeats, workers=workers)
 

@@ -283,6 +283,7 @@ def test_a_ratio_is_of_the_best_of_each():
 
 
 def test_means_are_geometric_and_of_the_best_other_too():
+    assert abs(report.geometric_mean([2.0, 8.0]) - 4) < 1e-12
     results = _results(5.0) | {"v": _results(20.0)["w"]}
     assert report.means(results, "both") == pytest.approx(
         {"JAXopt": 2.0, "best other": 2.0}
