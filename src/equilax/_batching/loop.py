@@ -16,6 +16,10 @@ Carry = PyTree[ArrayLike]
 Inputs = PyTree[Array]
 
 
+def _unchanged(carry: Carry) -> Carry:
+    return carry
+
+
 class Loop(eqx.Module):
     """A loop over one problem, in pure functions of its arrays.
 
@@ -24,11 +28,15 @@ class Loop(eqx.Module):
     carry that is not live must return it unchanged: in a batch that is how a finished
     sample stays as it is. `num_steps` counts the passes, and is the same number for all
     the samples of a batch that are live.
+
+    `as_live` maps a carry that is live to itself, with a constant where it says so. A
+    lone problem takes no other pass, and what would keep it as it was is compiled away.
     """
 
     init: Callable[[Inputs], Carry] = eqx.field(static=True)
     body: Callable[[IntScalar, Carry, Inputs], Carry] = eqx.field(static=True)
     is_live: Callable[[Carry], Any] = eqx.field(static=True)
+    as_live: Callable[[Carry], Carry] = eqx.field(static=True, default=_unchanged)
 
     def run(self, inputs: Inputs) -> Carry:
         """The loop for one problem."""
@@ -38,7 +46,8 @@ class Loop(eqx.Module):
 
         def body(carry):
             num_steps, carry = carry
-            return num_steps + 1, self.body(num_steps, carry, inputs)
+            new = self.body(num_steps, self.as_live(carry), inputs)
+            return num_steps + 1, new
 
         init = (jnp.zeros((), jnp.int32), self.init(inputs))
         return while_loop(cond, body, init, may_vary=any_varying(inputs))[1]

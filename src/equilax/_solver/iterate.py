@@ -215,7 +215,13 @@ def make_loop(
         )
         return each(advance)(now, f)
 
-    return Loop(init, body, lambda now: jnp.any(now.is_live))
+    def as_live(now: Progress) -> Progress:
+        # Of a batch one sample at least is, which says nothing of the others.
+        if is_batch:
+            return now
+        return dataclasses.replace(now, is_live=jnp.array(True))
+
+    return Loop(init, body, lambda now: jnp.any(now.is_live), as_live)
 
 
 def iterate(
