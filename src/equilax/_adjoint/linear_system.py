@@ -51,7 +51,9 @@ def linear_system(
     ravel, unravel = ravelling.ravel, ravelling.unravel
 
     def mv(t):
-        return t - ravel(product(unravel(t)))
+        # Negated before the product, which in the transpose is after it: there it is
+        # part of the addition, where before a product it is a pass of its own.
+        return t + ravel(product(unravel(-t)))
 
     if isinstance(rule.linear_solver, AbstractMatrixFreeSolver):
         constants = lax.stop_gradient((y, all_vary(state, any_varying(y))))

@@ -141,7 +141,7 @@ def solve_batch(
         return custom(run_plain, run_outer)
 
     def run_plain(*leaves):
-        return loop.run(jtu.tree_unflatten(treedef, leaves))
+        return loop.run(jtu.tree_unflatten(treedef, leaves), is_alone=True)
 
     def run_outer(num, is_batched, leaves):
         none = (False,) * len(leaves)

@@ -10,14 +10,11 @@ from jaxtyping import Array, ArrayLike, PyTree
 from .._custom_types import BoolScalar, IntScalar
 from .._mesh import any_varying, vary_over, varying
 from .._misc import hoist, Hoisted
+from .packing import packing
 
 
 Carry = PyTree[ArrayLike]
 Inputs = PyTree[Array]
-
-
-def _unchanged(carry: Carry) -> Carry:
-    return carry
 
 
 class Loop(eqx.Module):
@@ -28,29 +25,34 @@ class Loop(eqx.Module):
     carry that is not live must return it unchanged: in a batch that is how a finished
     sample stays as it is. `num_steps` counts the passes, and is the same number for all
     the samples of a batch that are live.
-
-    `as_live` maps a carry that is live to itself, with a constant where it says so. A
-    lone problem takes no other pass, and what would keep it as it was is compiled away.
     """
 
     init: Callable[[Inputs], Carry] = eqx.field(static=True)
     body: Callable[[IntScalar, Carry, Inputs], Carry] = eqx.field(static=True)
     is_live: Callable[[Carry], Any] = eqx.field(static=True)
-    as_live: Callable[[Carry], Carry] = eqx.field(static=True, default=_unchanged)
 
-    def run(self, inputs: Inputs) -> Carry:
-        """The loop for one problem."""
+    def run(self, inputs: Inputs, *, is_alone: bool) -> Carry:
+        """The loop for one problem.
+
+        **Arguments:**
+
+        - `is_alone`: Whether no `jax.vmap` can make a batch of it.
+        """
+        axes = any_varying(inputs)
+        init = (jnp.zeros((), jnp.int32), self.init(inputs))
+        pack = unpack = lambda carry: carry
+        # Scalars that vary over a mesh and those that don't cannot be one array.
+        if is_alone and not axes:
+            pack, unpack = packing(init)
 
         def cond(carry):
-            return self.is_live(carry[1])
+            return self.is_live(unpack(carry)[1])
 
         def body(carry):
-            num_steps, carry = carry
-            new = self.body(num_steps, self.as_live(carry), inputs)
-            return num_steps + 1, new
+            num_steps, carry = unpack(carry)
+            return pack((num_steps + 1, self.body(num_steps, carry, inputs)))
 
-        init = (jnp.zeros((), jnp.int32), self.init(inputs))
-        return while_loop(cond, body, init, may_vary=any_varying(inputs))[1]
+        return unpack(while_loop(cond, body, pack(init), may_vary=axes))[1]
 
 
 def _traced(fn: Callable, carry: Carry) -> tuple[Hoisted, list[frozenset[str]]]:

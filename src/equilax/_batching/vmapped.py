@@ -24,7 +24,7 @@ class Vmapped(AbstractBatching):
         return self.found_names
 
     def solve(self, loop: Loop, inputs: Inputs) -> Carry:
-        return loop.run(inputs)
+        return loop.run(inputs, is_alone=False)
 
 
 Vmapped.__init__.__doc__ = """**Arguments:**

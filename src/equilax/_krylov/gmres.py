@@ -167,12 +167,7 @@ def gmres(
         )
         return each(advance)(now, vector, product, tolerance)
 
-    def as_live(now: Cycle) -> Cycle:
-        if is_batch:
-            return now
-        return eqx.tree_at(lambda c: c.is_live, now, jnp.array(True))
-
-    loop = Loop(init, body, lambda now: jnp.any(now.is_live), as_live)
+    loop = Loop(init, body, lambda now: jnp.any(now.is_live))
     end = batching.solve(loop, inputs)
     x = each(moved)(end)
     residual = scaled - mv(x.astype(vector_dtype)).astype(dtype)

@@ -41,7 +41,7 @@ def _verdict(
     floor = _ROUNDING_UNITS * rounding(y) * judged.size
     patience = jnp.where(now.residual <= floor, _PATIENCE_AT_ROUNDING, _PATIENCE)
     is_budget = is_budget_of(solver.rtol, solver.atol)
-    converged = judged.scaled < 1
+    converged = judged.is_within
     diverged = (now.residual > _DIVERGED * now.first_residual) & ~now.is_trial
     stagnated = now.num_steps - now.best_step >= patience
     ran_out = now.is_last | (now.num_steps >= max_steps)
@@ -215,13 +215,7 @@ def make_loop(
         )
         return each(advance)(now, f)
 
-    def as_live(now: Progress) -> Progress:
-        # Of a batch one sample at least is, which says nothing of the others.
-        if is_batch:
-            return now
-        return dataclasses.replace(now, is_live=jnp.array(True))
-
-    return Loop(init, body, lambda now: jnp.any(now.is_live), as_live)
+    return Loop(init, body, lambda now: jnp.any(now.is_live))
 
 
 def iterate(

@@ -26,12 +26,14 @@ class Judged(eqx.Module):
     - `scaled`: The norm of `(f - y) / (atol + rtol * |y|)`, or that of `f - y` in units
         of `atol + rtol * size`.
     - `size`: The norm of `y`.
+    - `is_within`: Whether `scaled` is below one.
     - `is_finite`: Whether all of `f` is.
     """
 
     residual: Scalar
     scaled: Scalar
     size: Scalar
+    is_within: BoolScalar
     is_finite: BoolScalar
 
 
@@ -52,7 +54,7 @@ def _judge_max(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
         for a, b in zip(jtu.tree_leaves(y), jtu.tree_leaves(f), strict=True)
     ]
     residual, scaled, size = _joined(judged, solver.axis_name)
-    return Judged(residual, scaled, size, jnp.isfinite(residual))
+    return Judged(residual, scaled, size, scaled < 1, jnp.isfinite(residual))
 
 
 def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
@@ -74,7 +76,7 @@ def _judge_norm(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:
         for tree in (moved, jtu.tree_map(scale, moved, y), y)
     )
     is_finite = jnp.isfinite(residual) & tree_allfinite(f, solver.axis_name)
-    return Judged(residual, scaled, size, is_finite)
+    return Judged(residual, scaled, size, scaled < 1, is_finite)
 
 
 def _largest_of_both(y: Array, f: Array, dtype: Any) -> tuple[Scalar, Scalar]:
@@ -107,7 +109,10 @@ def _judge_whole(
         is_finite = tree_allfinite(f, axis_name)
     unit = tolerance_as(dtype, solver.atol) + tolerance_as(dtype, solver.rtol) * size
     scaled = jnp.where(residual == 0, 0, residual / jnp.where(residual == 0, 1, unit))
-    return Judged(residual, scaled, size, is_finite & jnp.isfinite(residual))
+    # Without the quotient: a division would be a kernel of its own in each step.
+    is_within = (residual == 0) | (residual < unit)
+    is_finite = is_finite & jnp.isfinite(residual)
+    return Judged(residual, scaled, size, is_within, is_finite)
 
 
 def judge(solver: AbstractFixedPointSolver, y: Y, f: Y) -> Judged:

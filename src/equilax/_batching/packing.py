@@ -1,0 +1,82 @@
+"""The scalars of a loop's carry as one array."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import jax.tree_util as jtu
+from jax import lax
+from jaxtyping import Array, PyTree
+
+
+_KINDS = [jnp.dtype(d) for d in (bool, jnp.int32, jnp.float32, jnp.float64)]
+
+
+def _is_weak(x: Any) -> bool:
+    return isinstance(x, bool | int | float | complex) or getattr(x, "weak_type", False)
+
+
+def _is_packed(x: Any) -> bool:
+    # What is weakly typed stays so, as a number of Python's does.
+    return not _is_weak(x) and x.ndim == 0 and x.dtype in _KINDS
+
+
+def _to_word(x: Any, dtype: Any, word: Any) -> Array:
+    """**Arguments:**
+
+    - `dtype`: What `x` was before the pass.
+    """
+    found = jnp.result_type(x)
+    fits = found.kind == dtype.kind if _is_weak(x) else found == dtype
+    if jnp.ndim(x) != 0 or not fits:
+        raise TypeError(
+            f"The carry of a loop must keep its types; a scalar of {dtype} became "
+            f"{found}{list(jnp.shape(x))} in a pass over it."
+        )
+    x = jnp.asarray(x, dtype)
+    is_bits = dtype == jnp.float32 and word == jnp.int32
+    return lax.bitcast_convert_type(x, word) if is_bits else x.astype(word)
+
+
+def _from_word(x: Array, dtype: Any) -> Array:
+    is_bits = dtype == jnp.float32 and x.dtype == jnp.int32
+    return lax.bitcast_convert_type(x, dtype) if is_bits else x.astype(dtype)
+
+
+def packing(
+    example: PyTree[Any],
+) -> tuple[Callable[[PyTree[Any]], PyTree[Array]], Callable[[PyTree[Array]], Any]]:
+    """How to pack the scalars of a tree like `example` into one array, and back.
+
+    A kernel writes one array, and a carry has a dozen scalars: each would take a kernel
+    of its own, and most a copy besides. Where a problem is small these are all that a
+    pass costs, and more: XLA runs a body of up to eight kernels one after the other on
+    the CPU, and longer ones through its pool of threads, at several times the time.
+    """
+    leaves, treedef = jtu.tree_flatten(example)
+    dtypes = {i: x.dtype for i, x in enumerate(leaves) if _is_packed(x)}
+    word = jnp.int32
+    if jnp.dtype(jnp.float64) in dtypes.values():
+        # Their bits as integers are what XLA cannot compile for a TPU. But they hold
+        # all integers of 32 bits; singles too, but for those that conversion flushes.
+        word = jnp.float64
+        dtypes = {i: d for i, d in dtypes.items() if d != jnp.float32}
+
+    def pack(tree):
+        leaves = jtu.tree_leaves(tree)
+        words = jnp.zeros(len(dtypes), word)
+        places = jnp.arange(len(dtypes))
+        # Not stacked: of many operands that is a kernel for each.
+        for place, (i, dtype) in enumerate(dtypes.items()):
+            words = jnp.where(places == place, _to_word(leaves[i], dtype, word), words)
+        return words, [x for i, x in enumerate(leaves) if i not in dtypes]
+
+    def unpack(packed):
+        words, rest = packed
+        leaves = list(rest)
+        for place, (i, dtype) in enumerate(dtypes.items()):
+            x = lax.index_in_dim(words, place, keepdims=False)
+            leaves.insert(i, _from_word(x, dtype))
+        return jtu.tree_unflatten(treedef, leaves)
+
+    return pack, unpack
