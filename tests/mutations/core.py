@@ -33,6 +33,27 @@ CORE = (
         ("tests/test_relative_norm.py",),
     ),
     Mutation(
+        "a kernel for each scalar of a lone solve",
+        "src/equilax/_batching/loop.py",
+        "        if is_alone and not axes:",
+        "        if False:",
+        ("tests/test_packing.py",),
+    ),
+    Mutation(
+        "singles flushed where there are doubles",
+        "src/equilax/_batching/packing.py",
+        "        dtypes = {i: d for i, d in dtypes.items() if d != jnp.float32}\n",
+        "",
+        ("tests/test_packing.py",),
+    ),
+    Mutation(
+        "a vector negated before each product of the adjoint",
+        "src/equilax/_adjoint/linear_system.py",
+        "        return t + ravel(product(unravel(-t)))",
+        "        return t - ravel(product(unravel(t)))",
+        ("tests/test_packing.py",),
+    ),
+    Mutation(
         "a convolution's result left in another layout",
         "src/equilax/_convolution.py",
         "[found[out_spec.index(i)] for i in range(rank)]",
