@@ -231,7 +231,7 @@ CORE = (
     Mutation(
         "the sign of the adjoint",
         "src/equilax/_adjoint/linear_system.py",
-        "return t - ravel(product(unravel(t)))",
+        "return t + ravel(product(unravel(-t)))",
         "return t + ravel(product(unravel(t)))",
         ("tests/test_adjoint.py",),
     ),
