@@ -5,6 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import jax.tree_util as jtu
+import numpy as np
 from jax import lax
 from jaxtyping import Array, PyTree
 
@@ -62,13 +63,15 @@ def packing(
         word = jnp.float64
         dtypes = {i: d for i, d in dtypes.items() if d != jnp.float32}
 
+    masks = np.eye(len(dtypes), dtype=bool)
+
     def pack(tree):
         leaves = jtu.tree_leaves(tree)
         words = jnp.zeros(len(dtypes), word)
-        places = jnp.arange(len(dtypes))
-        # Not stacked: of many operands that is a kernel for each.
-        for place, (i, dtype) in enumerate(dtypes.items()):
-            words = jnp.where(places == place, _to_word(leaves[i], dtype, word), words)
+        # Not stacked: of many operands that is a kernel for each. And by constants, as
+        # what is computed here is moved out of the loop, where it is a kernel too.
+        for is_here, (i, dtype) in zip(masks, dtypes.items(), strict=True):
+            words = jnp.where(is_here, _to_word(leaves[i], dtype, word), words)
         return words, [x for i, x in enumerate(leaves) if i not in dtypes]
 
     def unpack(packed):
