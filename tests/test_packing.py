@@ -55,6 +55,12 @@ def test_a_pass_that_changes_a_type_is_refused(became):
         pack(became)
 
 
+def test_a_pass_that_changes_the_structure_is_refused():
+    pack, _ = packing({"a": jnp.int32(1), "b": jnp.int32(2)})
+    with pytest.raises(TypeError, match="keep its structure"):
+        pack({"a": jnp.int32(1), "c": jnp.int32(2)})
+
+
 _FREE = r" (get-tuple-element|parameter|tuple|constant|bitcast)\("
 
 

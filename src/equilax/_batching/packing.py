@@ -66,7 +66,12 @@ def packing(
     masks = np.eye(len(dtypes), dtype=bool)
 
     def pack(tree):
-        leaves = jtu.tree_leaves(tree)
+        leaves, found = jtu.tree_flatten(tree)
+        if found != treedef:
+            raise TypeError(
+                "The carry of a loop must keep its structure; a pass over it made "
+                f"{found} of {treedef}."
+            )
         words = jnp.zeros(len(dtypes), word)
         # Not stacked: of many operands that is a kernel for each. And by constants, as
         # what is computed here is moved out of the loop, where it is a kernel too.
