@@ -22,6 +22,12 @@ def _is_packed(x: Any) -> bool:
     return not _is_weak(x) and x.ndim == 0 and x.dtype in _KINDS
 
 
+def _convert(x: Array, dtype: Any) -> Array:
+    """To a word and back: between singles and integers the bits, else the value."""
+    is_bits = {x.dtype, jnp.dtype(dtype)} == {*map(jnp.dtype, (jnp.int32, jnp.float32))}
+    return lax.bitcast_convert_type(x, dtype) if is_bits else x.astype(dtype)
+
+
 def _to_word(x: Any, dtype: Any, word: Any) -> Array:
     """**Arguments:**
 
@@ -34,14 +40,7 @@ def _to_word(x: Any, dtype: Any, word: Any) -> Array:
             f"The carry of a loop must keep its types; a scalar of {dtype} became "
             f"{found}{list(jnp.shape(x))} in a pass over it."
         )
-    x = jnp.asarray(x, dtype)
-    is_bits = dtype == jnp.float32 and word == jnp.int32
-    return lax.bitcast_convert_type(x, word) if is_bits else x.astype(word)
-
-
-def _from_word(x: Array, dtype: Any) -> Array:
-    is_bits = dtype == jnp.float32 and x.dtype == jnp.int32
-    return lax.bitcast_convert_type(x, dtype) if is_bits else x.astype(dtype)
+    return _convert(jnp.asarray(x, dtype), word)
 
 
 def packing(
@@ -84,7 +83,7 @@ def packing(
         leaves = list(rest)
         for place, (i, dtype) in enumerate(dtypes.items()):
             x = lax.index_in_dim(words, place, keepdims=False)
-            leaves.insert(i, _from_word(x, dtype))
+            leaves.insert(i, _convert(x, dtype))
         return jtu.tree_unflatten(treedef, leaves)
 
     return pack, unpack
