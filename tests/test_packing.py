@@ -39,6 +39,14 @@ def test_what_is_packed_comes_back_as_it_was(dtypes, transform):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
+def test_to_pack_is_few_operations():
+    """By each in turn they would be 256, by halves 16 at each of four depths."""
+    numbers = [jnp.int32(i) for i in range(16)]
+    pack, _ = packing(numbers)
+    compiled = jax.jit(pack).lower(numbers).compile()
+    assert compiled.cost_analysis()["flops"] <= 64
+
+
 def test_weakly_typed_scalars_stay_so():
     tree = (1.5, jnp.asarray(1.5), jnp.float32(2))
     pack, unpack = packing(tree)

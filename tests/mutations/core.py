@@ -47,6 +47,13 @@ CORE = (
         ("tests/test_packing.py",),
     ),
     Mutation(
+        "each number packed on its own",
+        "src/equilax/_batching/packing.py",
+        "half = len(words) // 2",
+        "half = 1",
+        ("tests/test_packing.py",),
+    ),
+    Mutation(
         "a vector negated before each product of the adjoint",
         "src/equilax/_adjoint/linear_system.py",
         "        return t + ravel(product(unravel(-t)))",

@@ -43,6 +43,23 @@ def _to_word(x: Any, dtype: Any, word: Any) -> Array:
     return _convert(jnp.asarray(x, dtype), word)
 
 
+def _joined(words: list[Array], dtype: Any) -> Array:
+    """One array of all, in one kernel, where to concatenate them is one for each.
+
+    By halves: to choose each of `n` numbers by a mask of its own is `n` times `n`
+    operations, by whose count XLA decides whether a program is worth a thread.
+    """
+    if len(words) < 2:
+        return words[0] if words else jnp.zeros(0, dtype)
+    half = len(words) // 2
+    low, high = _joined(words[:half], dtype), _joined(words[half:], dtype)
+    # By a constant: what is computed here is moved out of the loop, as a kernel there.
+    is_low = np.arange(len(words)) < half
+    zero = jnp.zeros((), dtype)
+    low = lax.pad(low, zero, [(0, len(words) - half, 0)])
+    return jnp.where(is_low, low, lax.pad(high, zero, [(half, 0, 0)]))
+
+
 def packing(
     example: PyTree[Any],
 ) -> tuple[Callable[[PyTree[Any]], PyTree[Array]], Callable[[PyTree[Array]], Any]]:
@@ -62,8 +79,6 @@ def packing(
         word = jnp.float64
         dtypes = {i: d for i, d in dtypes.items() if d != jnp.float32}
 
-    masks = np.eye(len(dtypes), dtype=bool)
-
     def pack(tree):
         leaves, found = jtu.tree_flatten(tree)
         if found != treedef:
@@ -71,12 +86,10 @@ def packing(
                 "The carry of a loop must keep its structure; a pass over it made "
                 f"{found} of {treedef}."
             )
-        words = jnp.zeros(len(dtypes), word)
-        # Not stacked: of many operands that is a kernel for each. And by constants, as
-        # what is computed here is moved out of the loop, where it is a kernel too.
-        for is_here, (i, dtype) in zip(masks, dtypes.items(), strict=True):
-            words = jnp.where(is_here, _to_word(leaves[i], dtype, word), words)
-        return words, [x for i, x in enumerate(leaves) if i not in dtypes]
+        words = [_to_word(leaves[i], d, word)[None] for i, d in dtypes.items()]
+        return _joined(words, word), [
+            x for i, x in enumerate(leaves) if i not in dtypes
+        ]
 
     def unpack(packed):
         words, rest = packed
